@@ -1,0 +1,65 @@
+# `make help` lists every command. Everything below works from a fresh clone: `.venv` is made on first use.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+UV_VERSION := 0.13.9
+BIN := .venv/bin
+STAMP := .venv/.installed
+PYPROJECTS := kernels/pyproject.toml runtime/pyproject.toml operator/pyproject.toml
+
+.PHONY: help dev requirements generate lint test test-engine test-cluster mutants cluster-up cluster-down demo demo-down clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+dev: $(STAMP) ## make .venv: the three distributions in editable form, the CPU engine, the test tools
+
+$(STAMP): requirements/dev.txt $(PYPROJECTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || tests/cluster/packages python3-venv
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	$(BIN)/uv pip sync --python $(BIN)/python --require-hashes requirements/dev.txt
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --quiet -e kernels -e runtime -e operator
+	@touch $@
+
+requirements: ## compile the pins with hashes from requirements/*.in
+	@for f in requirements/*.in; do \
+	  uv pip compile --quiet --generate-hashes --no-emit-index-url --python-version 3.11 --python-platform x86_64-manylinux_2_34 \
+	    --override requirements/overrides.txt $$f -o $${f%.in}.txt; done
+
+generate: dev ## write the CRD in crds/ and in the chart from the API types
+	$(BIN)/python -m turboquant_operator.api.crd
+
+lint: dev ## formatter, linter, types, import contracts
+	$(BIN)/ruff format --check . && $(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint ## all tests that need no GPU, cluster or engine
+	$(BIN)/python -m pytest -m "not engine and not cluster and not gpu"
+
+test-engine: dev ## the CPU engine's tests
+	$(BIN)/python -m pytest -m engine
+
+test-cluster: dev ## the operator against a real API server, and the demo as a test
+	$(BIN)/python -m pytest -m cluster
+
+mutants: dev ## named mutations of codec and byte counts, each of which a test must catch
+	$(BIN)/python tests/mutants.py
+
+cluster-up: ## bring the local one-node Kubernetes cluster up
+	tests/cluster/up
+
+cluster-down: ## take it down and leave nothing behind
+	tests/cluster/down
+
+demo: ## everything once: cluster, images, operator, a model on a compressed cache, an answer
+	tests/e2e/demo up
+
+demo-down: ## take the demo and its cluster down
+	tests/e2e/demo down
+
+clean: ## remove .venv and caches of this checkout
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

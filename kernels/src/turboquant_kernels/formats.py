@@ -1,0 +1,169 @@
+"""KV-cache formats: their names, bits and bytes. The only place where bytes of the cache are counted.
+
+The kernels take their page layout from here, the engine its page size, the operator's planner its
+bytes per token. No torch: the planner answers in milliseconds on a laptop.
+
+A compressed token of one KV head holds key codes, value codes and one 2-byte scale for each of the two
+(paper: arXiv 2504.19874, algorithm 1). Tokens are stored in pages of `PAGE_TOKENS`; the order of bytes
+inside a page is in `turboquant_kernels.packing`.
+"""
+
+import difflib
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Self
+
+KEY_BITS = (2, 3, 4, 5, 6, 8)
+VALUE_BITS = (2, 3, 4, 8)
+PROD_KEY_BITS = (3, 4)
+HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+
+PAGE_TOKENS = 16
+"""Tokens in one kernel page: the unit in which codes and scales are laid out."""
+
+ANCHOR_TOKENS = 128
+"""Tokens that share one key anchor, the vector subtracted from their keys before quantization."""
+
+SCALE_BYTES = 2
+"""One fp16 scale per vector: the factor from unit codebook levels to the rotated vector."""
+
+ANCHOR_ELEMENT_BYTES = 2
+"""Anchors are bf16 vectors of head_dim elements."""
+
+
+class Encoding(StrEnum):
+    """How the numbers of a format are stored."""
+
+    PLAIN = "plain"
+    """The engine's own floating-point cache: no rotation, no codes, no scales."""
+    MSE = "mse"
+    """Rotation and a Lloyd-Max codebook for keys and values (paper, algorithm 1)."""
+    PROD = "prod"
+    """Keys by the unbiased inner-product estimator (paper, algorithm 2); values as in `MSE`."""
+
+
+@dataclass(frozen=True)
+class KVFormat:
+    """How one attention layer stores its keys and values.
+
+    `key_bits` counts every bit spent on a key coordinate: for `Encoding.PROD` that is key_bits - 1 bits of
+    code and one sign of the projected residual.
+    """
+
+    key_bits: int
+    value_bits: int
+    encoding: Encoding = Encoding.MSE
+    anchor: bool = False
+    """One key anchor per KV head and `ANCHOR_TOKENS` tokens is stored with the pages."""
+
+    def __post_init__(self) -> None:
+        if self.encoding is Encoding.PLAIN:
+            if (self.key_bits, self.value_bits) not in {(16, 16), (8, 8)} or self.anchor:
+                raise ValueError(f"a plain cache has 16 or 8 bits for both and no anchor, not {self}")
+            return
+        allowed = PROD_KEY_BITS if self.encoding is Encoding.PROD else KEY_BITS
+        if self.key_bits not in allowed:
+            raise ValueError(f"key_bits {self.key_bits} is not one of {allowed} ({self.encoding})")
+        if self.value_bits not in VALUE_BITS:
+            raise ValueError(f"value_bits {self.value_bits} is not one of {VALUE_BITS}")
+
+    @classmethod
+    def parse(cls, name: str) -> Self:
+        """The format of a `--kv-cache-dtype` name: bf16, fp8, tq-k4v4, tq-k3v4-prod.
+
+        Raises ValueError that names the near formats where there is no such one.
+        """
+        if name == "bf16":
+            return cls(16, 16, Encoding.PLAIN)
+        if name == "fp8":
+            return cls(8, 8, Encoding.PLAIN)
+        match = re.fullmatch(r"tq-k(\d)v(\d)(-prod)?", name)
+        if match:
+            key_bits, value_bits, prod = match.groups()
+            try:
+                return cls(int(key_bits), int(value_bits), Encoding.PROD if prod else Encoding.MSE)
+            except ValueError:
+                pass
+        if re.fullmatch(r"tq-k\d+(\.\d+)?v\d+(\.\d+)?", name) and "." in name:
+            raise ValueError(
+                f"KV format {name!r}: fractional bits are not supported yet; choose a whole number"
+            )
+        near = difflib.get_close_matches(name, FORMAT_NAMES, n=4, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else "`tq formats` lists them all."
+        raise ValueError(f"unknown KV format {name!r}: {hint}")
+
+    @property
+    def name(self) -> str:
+        """The `--kv-cache-dtype` name. Anchors come from a KV plan and are no part of it."""
+        if self.encoding is Encoding.PLAIN:
+            return "bf16" if self.key_bits == 16 else "fp8"
+        return f"tq-k{self.key_bits}v{self.value_bits}" + ("-prod" if self.encoding is Encoding.PROD else "")
+
+    @property
+    def compressed(self) -> bool:
+        """Whether the pages hold codes, written and read by this project's kernels."""
+        return self.encoding is not Encoding.PLAIN
+
+    @property
+    def key_code_bits(self) -> int:
+        """Bits of the codebook index of a key coordinate."""
+        return self.key_bits - 1 if self.encoding is Encoding.PROD else self.key_bits
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of scales per token and KV head: key, value and, for `PROD`, the key residual's norm."""
+        return {Encoding.PLAIN: 0, Encoding.MSE: 2 * SCALE_BYTES, Encoding.PROD: 3 * SCALE_BYTES}[
+            self.encoding
+        ]
+
+    def slot_bytes(self, head_dim: int) -> int:
+        """Bytes of one token of one KV head, keys and values and scales, without anchors.
+
+        Raises ValueError for a head_dim that the compressed formats do not have.
+        """
+        if self.compressed and head_dim not in HEAD_DIMS:
+            raise ValueError(f"head_dim {head_dim} is not one of {HEAD_DIMS}, which {self.name} can store")
+        return head_dim * (self.key_bits + self.value_bits) // 8 + self.scale_bytes
+
+    def page_bytes(self, head_dim: int, tokens: int = PAGE_TOKENS) -> int:
+        """Bytes of `tokens` tokens of one KV head, anchors included.
+
+        Raises ValueError where the tokens are no whole pages or, with anchors, no whole anchor blocks.
+        """
+        unit = ANCHOR_TOKENS if self.anchor else PAGE_TOKENS if self.compressed else 1
+        if tokens % unit:
+            raise ValueError(
+                f"{tokens} tokens are not a multiple of {unit}, the block that {self.name} stores"
+            )
+        anchors = tokens // ANCHOR_TOKENS * head_dim * ANCHOR_ELEMENT_BYTES if self.anchor else 0
+        return tokens * self.slot_bytes(head_dim) + anchors
+
+    def ratio_to_bf16(self, head_dim: int) -> float:
+        """Tokens that fit where one bf16 token did, anchors charged."""
+        return BF16.page_bytes(head_dim, ANCHOR_TOKENS) / self.page_bytes(head_dim, ANCHOR_TOKENS)
+
+
+BF16 = KVFormat(16, 16, Encoding.PLAIN)
+FP8 = KVFormat(8, 8, Encoding.PLAIN)
+
+COMPRESSED_FORMATS = (
+    *(KVFormat(k, v) for k in KEY_BITS for v in VALUE_BITS),
+    *(KVFormat(k, v, Encoding.PROD) for k in PROD_KEY_BITS for v in VALUE_BITS),
+)
+"""Every uniform format that the engine accepts."""
+
+FORMAT_NAMES = tuple(f.name for f in (BF16, FP8, *COMPRESSED_FORMATS))
+
+TIERS = {
+    "near-lossless": KVFormat(8, 4),
+    "balanced": KVFormat(5, 3),
+    "max-capacity": KVFormat(4, 2),
+}
+"""Quality tiers, best first, each by its uniform format. Keys want about two bits more than values at the
+same total: measured KL on three small models in docs/fidelity.md."""
+
+
+def tier_of(fmt: KVFormat) -> str | None:
+    """The tier whose uniform format this is, None for a format that no tier picks."""
+    return next((tier for tier, chosen in TIERS.items() if chosen == fmt), None)
