@@ -69,8 +69,8 @@ class Plan(APIModel):
     baseline_tokens: int
     """Tokens that the same memory would hold in the model's own dtype."""
     predicted_tokens: int
-    alternatives: list[Alternative] = ()
-    reasons: list[str] = ()
+    alternatives: tuple[Alternative, ...] = ()
+    reasons: tuple[str, ...] = ()
     """Why this plan, in sentences."""
     hash: str
     """Changes when the pods must roll."""
