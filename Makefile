@@ -17,7 +17,10 @@ dev: $(STAMP) ## make .venv: the three distributions in editable form, the CPU e
 
 $(STAMP): requirements/dev.txt $(PYPROJECTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
-	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || tests/cluster/packages python3-venv
+	@missing=; $(PYTHON) -c 'import ensurepip' 2>/dev/null || missing=python3-venv; \
+	/sbin/ldconfig -p | grep -q libnuma.so.1 || missing="$$missing libnuma1"; \
+	[ -z "$$missing" ] || { echo "installing Debian packages: $$missing"; \
+	  apt-get update -q && apt-get install -yq --no-install-recommends $$missing; }
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	$(BIN)/uv pip sync --python $(BIN)/python --require-hashes requirements/dev.txt
