@@ -1,44 +1,49 @@
-# What every script of this folder shares: paths, pins, progress lines and the cache. Sourced, never run.
+# What every script of this folder shares: paths, progress lines, the cache, and finding our own processes.
+# Sourced, never run.
 # shellcheck shell=bash disable=SC2034  # the scripts that source this file use these variables
 set -euo pipefail
+shopt -s inherit_errexit
 umask 022
 
-KUBERNETES_VERSION=v1.34.4 # of components/go.mod, which also pins etcd 3.6.4 and CoreDNS 1.12.4
+KUBERNETES_VERSION=v1.34.4 # as in components/go.mod, which also pins etcd 3.6.4 and CoreDNS 1.12.4
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-CLUSTER_DIR=${CLUSTER_DIR:-$(cd "$HERE/../.." && pwd)/.cluster}                # the running cluster's own
-CACHE_DIR=${TURBOQUANT_CACHE_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/turboquant-operator} # kept between runs
+CLUSTER_DIR=${CLUSTER_DIR:-$(cd "$HERE/../.." && pwd)/.cluster}  # what belongs to the running cluster
+CACHE_DIR=${XDG_CACHE_HOME:-$HOME/.cache}/turboquant-operator    # what is kept between runs
 
-die() {
-  echo "$(basename "$0"): $*" >&2
-  exit 1
-}
+STARTED_AT=${EPOCHREALTIME/[.,]/}
 
 # say TEXT: one line of progress, with the seconds since this script began.
 say() {
   local elapsed=$((${EPOCHREALTIME/[.,]/} - STARTED_AT))
   printf '%5d.%ds  %s\n' $((elapsed / 1000000)) $((elapsed / 100000 % 10)) "$*" >&2
 }
-STARTED_AT=${EPOCHREALTIME/[.,]/}
 
-# step TEXT LOG COMMAND...: run COMMAND with its output in LOG; if it fails, show the end of LOG and stop.
+die() {
+  say "$(basename "$0"): $*"
+  exit 1
+}
+
+# step TEXT LOG COMMAND...: run COMMAND with its output in LOG; if it fails, show the end of LOG and exit.
+# A trap and not `if`, because inside a condition bash would not stop at a function's first failing command.
 step() {
-  local text=$1 log=$2
-  shift 2
-  mkdir -p "$(dirname "$log")"
-  if ! "$@" >>"$log" 2>&1; then
-    say "FAILED: $text"
-    tail -n 25 "$log" | sed 's/^/    /' >&2
-    die "$text failed; the whole log is $log"
-  fi
-  say "$text"
+  STEP=$1 STEP_LOG=$2
+  mkdir -p "$(dirname "$STEP_LOG")"
+  trap step_failed EXIT
+  "${@:3}" >>"$STEP_LOG" 2>&1
+  trap - EXIT
+  say "$STEP"
+}
+
+step_failed() {
+  say "FAILED: $STEP. The end of $STEP_LOG:"
+  tail -n 25 "$STEP_LOG" | sed 's/^/    /' >&2
 }
 
 # poll SECONDS COMMAND...: repeat COMMAND until it succeeds; false when SECONDS have passed.
 poll() {
   local deadline=$((SECONDS + $1))
-  shift
-  until "$@" >/dev/null 2>&1; do
+  until "${@:2}" >/dev/null 2>&1; do
     ((SECONDS < deadline)) || return 1
     sleep 0.2
   done
@@ -47,24 +52,42 @@ poll() {
 # key_of TEXT...: a short key made from the texts and from standard input.
 key_of() { { printf '%s\n' "$@" && cat; } | sha256sum | cut -c1-16; }
 
-# cached NAME COMMAND...: print the path CACHE_DIR/NAME; when it is not there yet, COMMAND fills a folder (its
-# last argument) that then takes the name. So a half-made product never has the name, and two callers at once
-# make it once.
+# cached NAME COMMAND...: print the path CACHE_DIR/NAME. Where it is missing, COMMAND first fills a folder (its
+# last argument) that then takes this name: a half-made product never has the name, and of two callers at once
+# the second waits for the first.
 cached() {
-  local product=$CACHE_DIR/$1 building=$CACHE_DIR/.building-$1
-  shift
-  if ! [ -e "$product" ]; then
-    mkdir -p "$CACHE_DIR"
-    exec {lock}>"$building.lock"
-    flock "$lock"
+  local product=$CACHE_DIR/$1 building=$CACHE_DIR/building-$1
+  mkdir -p "$CACHE_DIR/locks"
+  (
+    flock 9
     if ! [ -e "$product" ]; then
       rm -rf "$building"
       mkdir "$building"
-      "$@" "$building" {lock}>&- || die "could not make $product"
+      "${@:2}" "$building" >&2 9>&-
       mv -T "$building" "$product"
     fi
-    rm -f "$building.lock"
-    exec {lock}>&-
-  fi
+  ) 9>"$CACHE_DIR/locks/$1"
   echo "$product"
+}
+
+# Every process that these scripts leave running carries TURBOQUANT_CLUSTER=FOLDER in its environment. That mark
+# finds them all whatever was killed before, and nothing that is not ours can have it.
+
+# start FOLDER NAME COMMAND...: run COMMAND in the background, marked, with its output in FOLDER/logs/NAME.log.
+start() {
+  mkdir -p "$1/logs"
+  TURBOQUANT_CLUSTER=$1 setsid "${@:3}" >>"$1/logs/$2.log" 2>&1 </dev/null 9>&- &
+}
+
+# marked FOLDER: the ids of the processes that carry FOLDER's mark. (grep also fails on a process that just ended.)
+marked() { { grep -lzsxF "TURBOQUANT_CLUSTER=$1" /proc/[0-9]*/environ || true; } | cut -d/ -f3; }
+
+# kill_marked FOLDER: end them. At once: what they hold is thrown away.
+kill_marked() {
+  local pids
+  while pids=$(marked "$1") && [ -n "$pids" ]; do
+    # shellcheck disable=SC2086  # a list of numbers
+    kill -9 $pids 2>/dev/null || true
+    sleep 0.05
+  done
 }
