@@ -1,0 +1,1 @@
+"""Attention over the compressed paged cache."""

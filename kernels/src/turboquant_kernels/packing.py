@@ -1,0 +1,116 @@
+"""Bytes of a page: bit planes of codes, and where each region lies.
+
+A code of b bits is cut into planes of 4, 2, 1 or 8 bits (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2; low bits in the
+first plane), so that every plane fills whole bytes and no byte is shared by two tokens. Within a plane
+coordinate i takes bits (i * w) % 8 and up of byte i * w // 8.
+
+A page holds `PAGE_TOKENS` tokens of one KV head. Its regions follow one another, each one token after the
+other:
+
+    key code planes | value code planes | [prod: key residual signs] | key scales | value scales
+    | [prod: key residual norms]
+
+Every offset follows from `KVFormat`; the sum is `KVFormat.page_bytes`.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from turboquant_kernels.formats import PAGE_TOKENS, SCALE_BYTES, Encoding, KVFormat
+
+PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
+"""Widths of the bit planes of a code, low bits first."""
+
+
+def pack(codes: torch.Tensor, bits: int) -> list[torch.Tensor]:
+    """The bit planes of codes: uint8 [..., D] -> one uint8 [..., D * w / 8] for each plane width w."""
+    planes, shift = [], 0
+    for width in PLANES[bits]:
+        plane = (codes >> shift) & ((1 << width) - 1)
+        shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=codes.device)
+        # Bits of the coordinates of one byte are disjoint, so their sum is their union.
+        planes.append((plane.unflatten(-1, (-1, 8 // width)) << shifts).sum(-1, dtype=torch.uint8))
+        shift += width
+    return planes
+
+
+def unpack(planes: list[torch.Tensor], bits: int) -> torch.Tensor:
+    """The inverse of `pack`: uint8 [..., D]."""
+    codes, shift = None, 0
+    for width, plane in zip(PLANES[bits], planes, strict=True):
+        shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=plane.device)
+        part = ((plane.unsqueeze(-1) >> shifts) & ((1 << width) - 1)).flatten(-2) << shift
+        codes = part if codes is None else codes | part
+        shift += width
+    return codes
+
+
+@dataclass(frozen=True)
+class Region:
+    """A part of a page that holds the same number of bytes for each token."""
+
+    offset: int
+    token_bytes: int
+
+    def of(self, pages: torch.Tensor) -> torch.Tensor:
+        """A view of this region: uint8 [..., page_bytes] -> [..., PAGE_TOKENS, token_bytes]."""
+        end = self.offset + PAGE_TOKENS * self.token_bytes
+        return pages[..., self.offset : end].unflatten(-1, (PAGE_TOKENS, self.token_bytes))
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """The regions of a page of one KV head, in the order of their bytes."""
+
+    key_planes: tuple[Region, ...]
+    value_planes: tuple[Region, ...]
+    key_residual_signs: Region | None
+    key_scale: Region
+    value_scale: Region
+    key_residual_norm: Region | None
+    page_bytes: int
+
+
+@lru_cache(maxsize=None)
+def page_layout(fmt: KVFormat, head_dim: int) -> PageLayout:
+    """The layout of `fmt` at `head_dim`, whose regions fill a page of `fmt.page_bytes(head_dim)` bytes."""
+    end = 0
+
+    def region(token_bytes: int) -> Region:
+        nonlocal end
+        start, end = end, end + PAGE_TOKENS * token_bytes
+        return Region(start, token_bytes)
+
+    prod = fmt.encoding is Encoding.PROD
+    layout = PageLayout(
+        key_planes=tuple(region(head_dim * width // 8) for width in PLANES[fmt.key_code_bits]),
+        value_planes=tuple(region(head_dim * width // 8) for width in PLANES[fmt.value_bits]),
+        key_residual_signs=region(head_dim // 8) if prod else None,
+        key_scale=region(SCALE_BYTES),
+        value_scale=region(SCALE_BYTES),
+        key_residual_norm=region(SCALE_BYTES) if prod else None,
+        page_bytes=fmt.page_bytes(head_dim),
+    )
+    assert end == layout.page_bytes, "regions fill the page"
+    return layout
+
+
+def pages_of(kv_cache: torch.Tensor, layout: PageLayout) -> torch.Tensor:
+    """The engine's cache as pages: a view, uint8 [num_blocks, block_size / 16, kv_heads, page_bytes].
+
+    kv_cache is uint8 [num_blocks, block_size, kv_heads, slot_bytes]. Blocks may lie apart (a page size padded
+    for other layers); within a block the bytes must be contiguous. Raises ValueError where they are not, or
+    where block_size or slot_bytes do not fit the format.
+    """
+    _, block_size, kv_heads, slot_bytes = kv_cache.shape
+    if block_size % PAGE_TOKENS:
+        raise ValueError(f"block_size {block_size} is not a multiple of {PAGE_TOKENS}, the tokens of a page")
+    if slot_bytes * PAGE_TOKENS != layout.page_bytes:
+        raise ValueError(
+            f"a cache slot of {slot_bytes} bytes is not {layout.page_bytes // PAGE_TOKENS}, the format's"
+        )
+    if not kv_cache[0].is_contiguous():
+        raise ValueError("the bytes of a cache block are not contiguous")
+    return kv_cache.flatten(1).unflatten(1, (block_size // PAGE_TOKENS, kv_heads, layout.page_bytes))
