@@ -42,13 +42,17 @@ Tensor = Annotated[
     WithJsonSchema(
         {
             "x-kubernetes-int-or-string": True,
-            **rules(rule("type(self) == string ? self == 'auto' : self >= 1", "must be auto or at least 1")),
+            **rules(
+                rule(
+                    "type(self) == int ? self >= 1 : self == 'auto'",
+                    "must be auto or a number of GPUs, at least 1",
+                )
+            ),
         }
     ),
 ]
 """Tensor-parallel size: `auto` or a positive integer."""
 
-_QUANTITY = r"^[0-9]+(\.[0-9]+)?(k|M|G|T|Ki|Mi|Gi|Ti)?$"
 _UNITS = {
     "": 1,
     "k": 10**3,
@@ -73,10 +77,48 @@ def parse_quantity(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2] or ""])
 
 
-Quantity = Annotated[str, Field(pattern=_QUANTITY, max_length=32)]
+Quantity = Annotated[
+    str,
+    Field(
+        max_length=32,
+        json_schema_extra=rules(
+            rule(
+                "self.matches('^[0-9]+([.][0-9]+)?(k|M|G|T|Ki|Mi|Gi|Ti)?$') && self.matches('[1-9]')",
+                "must be a number of bytes above 0 with a unit, such as 8Gi or 500M",
+            )
+        ),
+    ),
+]
 """Bytes as Kubernetes writes them: 8Gi, 500M, 1073741824."""
 
 AnyObject = Annotated[
     dict[str, Any], WithJsonSchema({"type": "object", "x-kubernetes-preserve-unknown-fields": True})
 ]
 """An object of the core API that goes into the pod as it is; the API server checks it in the Deployment."""
+
+_RESOURCE_LIST = {
+    "type": "object",
+    "additionalProperties": {"x-kubernetes-int-or-string": True},
+    "maxProperties": 32,
+}
+
+Resources = Annotated[
+    dict[str, Any],
+    WithJsonSchema(
+        {
+            "type": "object",
+            "properties": {
+                "requests": {"description": "Amounts that the scheduler sets aside.", **_RESOURCE_LIST},
+                "limits": {"description": "Amounts that the container cannot pass.", **_RESOURCE_LIST},
+            },
+            **rules(
+                rule(
+                    "[has(self.requests) ? self.requests : {}, has(self.limits) ? self.limits : {}]"
+                    ".all(list, !list.exists(name, name.endsWith('/gpu')))",
+                    "the operator asks for the GPUs: remove them and set parallelism.tensor",
+                )
+            ),
+        }
+    ),
+]
+"""Requests and limits of a container, by resource name: {"requests": {"cpu": 4, "memory": "16Gi"}}."""

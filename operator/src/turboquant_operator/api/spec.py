@@ -6,14 +6,26 @@ rule here, so that the API server refuses the object and names the field and the
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from turboquant_kernels.formats import FORMAT_NAMES, TIERS
-from turboquant_operator.api.schema import AnyObject, APIModel, Quantity, Tensor, rule, rules
+from turboquant_operator.api import GROUP
+from turboquant_operator.api.schema import AnyObject, APIModel, Quantity, Resources, Tensor, rule, rules
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveInt = Annotated[int, Field(ge=1)]
-Name = Annotated[str, Field(max_length=253, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")]
+Name = Annotated[
+    str,
+    Field(
+        max_length=253,
+        json_schema_extra=rules(
+            rule(
+                "self.matches('^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$')",
+                "must be the name of an object: lower-case letters, digits, '-' and '.'",
+            )
+        ),
+    ),
+]
 Labels = Annotated[dict[str, str], Field(json_schema_extra={"maxProperties": 64})]
 
 _MODEL_URI = (
@@ -30,16 +42,19 @@ OWNED_FLAGS = {
     "--kv-cache-dtype": "spec.kvCache.format",
     "--kv-cache-dtype-skip-layers": "spec.kvCache.skipLayers",
     "--kv-cache-memory-bytes": "spec.kvCache.memory",
+    "--num-gpu-blocks-override": "spec.kvCache.memory",
     "--additional-config": "spec.kvCache.planRef",
     "--max-model-len": "spec.capacity.contextLength",
     "--tensor-parallel-size": "spec.parallelism.tensor",
     "-tp": "spec.parallelism.tensor",
     "--pipeline-parallel-size": "spec.parallelism.pipeline",
     "-pp": "spec.parallelism.pipeline",
+    "--data-parallel-size": "spec.replicas",
+    "-dp": "spec.replicas",
     "--gpu-memory-utilization": "spec.engine.gpuMemoryUtilizationPercent",
     "--api-key": "spec.service.apiKeySecretRef",
     "--port": "spec.service.port",
-    "--host": "the operator, which listens on all addresses of the pod",
+    "--host": "the operator (all addresses of the pod)",
 }
 """Engine flags that a field of the API owns, each with its owner: refused in `engine.args`."""
 
@@ -53,10 +68,12 @@ OWNED_ENV = {
 
 
 def _owned_flag_rule(flag: str, owner: str) -> dict[str, Any]:
-    # vLLM reads --a-b and --a_b alike, with the value after "=", after a blank or (JSON fields) after ".".
-    pattern = "^" + flag.replace("-", "[-_]") + "([=. ].*)?$"
+    # vLLM reads --a-b and --a_b alike, takes any unambiguous beginning of a flag for the flag, and the value
+    # after "=" or (fields of JSON values) after ".".
     return rule(
-        f"self.all(arg, !arg.matches('{pattern}'))", f"{flag} is set by {owner}; remove it from engine.args"
+        "self.map(arg, arg.find('^--?[A-Za-z][^=. ]*').replace('_', '-'))"
+        f".all(name, name == '' || !'{flag}'.startsWith(name))",
+        f"{flag} (in full or shortened) is set by {owner}: remove it from engine.args",
     )
 
 
@@ -64,12 +81,14 @@ class SecretReference(APIModel):
     """A Secret in the object's namespace."""
 
     name: Name
+    """Name of the Secret."""
 
 
 class ConfigMapReference(APIModel):
     """A ConfigMap in the object's namespace."""
 
     name: Name
+    """Name of the ConfigMap."""
 
 
 class ModelCache(APIModel):
@@ -105,7 +124,7 @@ class Model(APIModel):
             max_length=512,
             json_schema_extra=rules(
                 rule(
-                    f"self.matches('{_MODEL_URI}')",
+                    f"self.matches('{_MODEL_URI}') && !self.contains('..')",
                     "must be hf://organisation/name, pvc://claim/path, s3://bucket/path or oci://image",
                 )
             ),
@@ -153,7 +172,19 @@ class Capacity(APIModel):
 class Accelerator(APIModel):
     """The hardware of one replica."""
 
-    type: Annotated[str, Field(max_length=63, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")] = "auto"
+    type: Annotated[
+        str,
+        Field(
+            max_length=63,
+            json_schema_extra=rules(
+                rule(
+                    "self.matches('^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$')",
+                    "must be auto, cpu or a name such as nvidia-h100-80gb: lower-case letters, digits, "
+                    "'-' and '.'",
+                )
+            ),
+        ),
+    ] = "auto"
     """A name from the catalogue such as nvidia-h100-80gb, auto for what the nodes' labels say, cpu to try."""
 
 
@@ -169,9 +200,21 @@ class Parallelism(APIModel):
 class EnvVar(APIModel):
     """One environment variable of the engine's container."""
 
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule(
+                "!(has(self.value) && has(self.valueFrom))",
+                "value and valueFrom exclude each other: remove one of the two",
+            )
+        )
+    )
+
     name: Annotated[str, Field(min_length=1, max_length=256)]
+    """Name of the variable."""
     value: Annotated[str, Field(max_length=4096)] | None = None
+    """Its value."""
     value_from: AnyObject | None = None
+    """Where its value is read from, as in a container: `secretKeyRef`, `configMapKeyRef`, `fieldRef`."""
 
 
 class Engine(APIModel):
@@ -195,13 +238,14 @@ class Engine(APIModel):
                 "x-kubernetes-list-map-keys": ["name"],
                 **rules(
                     *(
-                        rule(f"self.all(e, e.name != '{n}')", f"{n} is set by {o}; remove it from engine.env")
+                        rule(f"self.all(e, e.name != '{n}')", f"{n} is set by {o}: remove it from engine.env")
                         for n, o in OWNED_ENV.items()
                     )
                 ),
             },
         ),
     ] = ()
+    """Further environment variables of the engine."""
     gpu_memory_utilization_percent: Annotated[int, Field(ge=1, le=99)] = 90
     """Share of each GPU's memory that the engine may use."""
     startup_timeout_seconds: Annotated[int, Field(ge=30, le=86400)] = 1800
@@ -212,8 +256,11 @@ class Service(APIModel):
     """The OpenAI-compatible endpoint."""
 
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    """Port of the Service."""
     type: Literal["ClusterIP", "NodePort", "LoadBalancer"] = "ClusterIP"
+    """How the Service is reached from outside the cluster, if at all."""
     annotations: Labels = {}
+    """Annotations of the Service."""
     api_key_secret_ref: SecretReference | None = None
     """Secret whose key `api-key` clients must send as bearer token."""
 
@@ -221,19 +268,44 @@ class Service(APIModel):
 class Pod(APIModel):
     """Placement of the engine's pods: typed fields of the pod, no free template."""
 
-    labels: Labels = {}
+    labels: Annotated[
+        dict[str, str],
+        Field(
+            json_schema_extra={
+                "maxProperties": 64,
+                **rules(
+                    rule(
+                        f"!self.exists(k, k.startsWith('app.kubernetes.io/') || k.startsWith('{GROUP}/'))",
+                        f"labels that begin with app.kubernetes.io/ or {GROUP}/ are the operator's: "
+                        "remove them from pod.labels",
+                    )
+                ),
+            }
+        ),
+    ] = {}
+    """Further labels of the pods."""
     annotations: Labels = {}
+    """Further annotations of the pods."""
     node_selector: Labels = {}
+    """Labels that a node must have."""
     tolerations: Annotated[tuple[AnyObject, ...], Field(max_length=64)] = ()
+    """Taints of nodes that the pods put up with."""
     affinity: AnyObject | None = None
+    """Node and pod affinity."""
     priority_class_name: Name | None = None
+    """PriorityClass of the pods."""
     runtime_class_name: Name | None = None
-    resources: AnyObject | None = None
+    """RuntimeClass of the pods."""
+    resources: Resources | None = None
     """Requests and limits of the engine's container; the operator adds the GPUs."""
     volumes: Annotated[tuple[AnyObject, ...], Field(max_length=64)] = ()
+    """Further volumes of the pods."""
     volume_mounts: Annotated[tuple[AnyObject, ...], Field(max_length=64)] = ()
+    """Where the engine's container mounts them."""
     image_pull_secrets: Annotated[tuple[SecretReference, ...], Field(max_length=16)] = ()
+    """Secrets for the registry of `engine.image`."""
     service_account_name: Name | None = None
+    """ServiceAccount of the pods; the namespace's default one when unset. Its token is never mounted."""
 
 
 class TurboQuantDeploymentSpec(APIModel):
@@ -244,7 +316,7 @@ class TurboQuantDeploymentSpec(APIModel):
     capacity: Capacity = Capacity()
     accelerator: Accelerator = Accelerator()
     parallelism: Parallelism = Parallelism()
-    replicas: NonNegativeInt = 1
+    replicas: Annotated[int, Field(ge=0, json_schema_extra={"format": "int32"})] = 1
     """Replicas; an autoscaler writes it through the scale subresource."""
     engine: Engine = Engine()
     service: Service = Service()
@@ -259,19 +331,34 @@ SPEC_RULES = rules(
     rule(
         "self.accelerator.type != 'cpu' || has(self.kvCache.memory)",
         "kvCache.memory is needed with accelerator.type cpu: set it, for example to 4Gi",
+        reason="FieldValueRequired",
+        fieldPath=".kvCache.memory",
     ),
     rule(
-        "self.accelerator.type != 'cpu' || (self.parallelism.pipeline == 1 && "
-        "(type(self.parallelism.tensor) == string || self.parallelism.tensor == 1))",
-        "parallelism must be 1 with accelerator.type cpu: remove parallelism",
+        "self.accelerator.type != 'cpu' || self.parallelism.pipeline == 1 && "
+        "(type(self.parallelism.tensor) == string || self.parallelism.tensor == 1)",
+        "parallelism.tensor and parallelism.pipeline are 1 with accelerator.type cpu: remove them",
+        fieldPath=".parallelism",
     ),
     rule(
         "!has(self.kvCache.planRef) || self.kvCache.format == 'auto'",
         "kvCache.format must be auto where kvCache.planRef names the bits per layer: remove one of the two",
+        fieldPath=".kvCache.format",
+    ),
+    rule(
+        "!has(self.model.revision) || self.model.revision == '' || self.model.uri.startsWith('hf://')",
+        "model.revision is the branch, tag or commit of a hf:// model: remove it",
+        fieldPath=".model.revision",
+    ),
+    rule(
+        "!has(self.model.cache) || !self.model.uri.startsWith('pvc://')",
+        "model.cache is not used with pvc://, where the weights already are: remove it",
+        fieldPath=".model.cache",
     ),
     rule(
         "!has(self.model.credentialsSecretRef) || !self.model.uri.startsWith('pvc://')",
         "model.credentialsSecretRef is not used with pvc://: remove it",
+        fieldPath=".model.credentialsSecretRef",
     ),
 )
 """Rules that join two fields of the spec."""

@@ -18,9 +18,13 @@ class Condition(APIModel):
     type: str
     """Ready, Accepted, PlanFits, Progressing, Available or Degraded."""
     status: Literal["True", "False", "Unknown"]
+    """Whether it holds."""
     reason: str
+    """Why, in one CamelCase word."""
     message: str
+    """Why, in a sentence."""
     observed_generation: int
+    """The generation of the object that this was seen on."""
     last_transition_time: Annotated[str, Field(json_schema_extra={"format": "date-time"})]
     """Moved only when `status` changes."""
 
@@ -29,21 +33,30 @@ class ModelStatus(APIModel):
     """What was found out about the model."""
 
     architecture: str
+    """Class name in the model's config.json, such as LlamaForCausalLM."""
     revision: str = ""
     """The commit that the facts were read from, where the source has one."""
     layers: int
+    """Attention layers."""
     key_value_heads: int
+    """KV heads of a layer."""
     head_dim: int
+    """Elements of one head's key."""
     context_length: int
+    """The model's own maximum of tokens in a sequence."""
     weight_bytes: int
+    """Bytes of all weights as stored."""
 
 
 class Alternative(APIModel):
     """Another plan that was considered."""
 
     format: str
+    """KV format, by its `--kv-cache-dtype` name."""
     tensor_parallel_size: int
+    """GPUs that a layer is split over."""
     predicted_tokens: int
+    """Tokens that it would hold."""
     fits: bool
     """Whether it meets the asked capacity."""
 
@@ -52,16 +65,21 @@ class Plan(APIModel):
     """What one replica runs with, and the capacity that this should give."""
 
     format: str
+    """KV format, by its `--kv-cache-dtype` name."""
     key_bits: int
     """Bits of a key coordinate; the rounded mean where a KV plan differs by layer."""
     value_bits: int
+    """Bits of a value coordinate, in the same way."""
     tensor_parallel_size: int
+    """GPUs that a layer is split over."""
     pipeline_parallel_size: int = 1
+    """Groups of GPUs that the layers are split over."""
     gpus_per_replica: int
     """0 on cpu."""
     context_length: int
     """Becomes --max-model-len."""
     weight_bytes_per_gpu: int = Field(alias="weightBytesPerGPU")
+    """Bytes of weights on one GPU; on cpu those of the replica."""
     kv_bytes_per_token: int
     """Bytes of keys and values that one more token of context costs a replica, all layers together."""
     baseline_kv_bytes_per_token: int
@@ -69,7 +87,9 @@ class Plan(APIModel):
     baseline_tokens: int
     """Tokens that the same memory would hold in the model's own dtype."""
     predicted_tokens: int
+    """Tokens that the compressed cache should hold."""
     alternatives: tuple[Alternative, ...] = ()
+    """What else was considered."""
     reasons: tuple[str, ...] = ()
     """Why this plan, in sentences."""
     hash: str
@@ -95,9 +115,13 @@ class TurboQuantDeploymentStatus(APIModel):
     """The operator's account of the object."""
 
     observed_generation: int | None = None
+    """The generation of the object that this status describes."""
     conditions: Annotated[tuple[Condition, ...], Field(json_schema_extra=LIST_MAP_BY_TYPE)] = ()
+    """Ready, and what it is made of."""
     replicas: int | None = None
+    """Pods that exist."""
     ready_replicas: int | None = None
+    """Pods that answer requests."""
     selector: str | None = None
     """Label selector of the pods, for the scale subresource."""
     endpoint: str | None = None
