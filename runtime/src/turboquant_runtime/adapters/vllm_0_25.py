@@ -1,0 +1,302 @@
+"""Every touch of vLLM 0.25.1's internals: what is patched, why, and nothing else.
+
+vLLM 0.25.1 has no hook for a KV-cache format from outside, so `install` extends it in five places. Each
+function below that patches says which symbol, why, and what it leaves alone; `tests/test_vllm_0_25.py` fails
+by name when a symbol changes. With none of our formats chosen every patch calls straight through.
+
+| process | patched | so that |
+|---|---|---|
+| every | `CacheConfig.cache_dtype` and its copies | `--kv-cache-dtype tq-k4v4` is a valid value |
+| front end | `Platform.check_and_update_config` | what cannot be served is refused before an engine starts |
+| worker | `Platform.get_attn_backend_cls` | compressed layers get our attention backend |
+| worker | `Attention.get_kv_cache_spec` | the engine lays pages out by their true size |
+| engine core, front end | the engine's ready message | metrics know the capacity of an uncompressed cache |
+"""
+
+import argparse
+import copy
+import dataclasses
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
+
+import msgspec
+import pydantic.dataclasses
+import torch
+import vllm.config.cache
+import vllm.utils.torch_utils
+from vllm.config import VllmConfig
+from vllm.platforms import current_platform
+
+from turboquant_kernels.formats import COMPRESSED_FORMATS, HEAD_DIMS, KVFormat
+from turboquant_kernels.plans import KVPlan
+from turboquant_runtime.capacity import REPORTED, CacheCapacity
+from turboquant_runtime.configuration import (
+    CACHE_DTYPES,
+    EngineFacts,
+    RefusedConfiguration,
+    check_servable,
+    plain_layers,
+    requested_plan,
+)
+
+BACKENDS = {"cpu": "turboquant_runtime.backends.cpu.CompressedCPUBackend"}
+"""Our attention backend for each platform's device type."""
+
+_installed = False
+
+
+def install() -> None:
+    """Patches the vLLM of this process, once."""
+    global _installed
+    if _installed:
+        return
+    _installed = True
+    accept_cache_dtypes()
+    refuse_early()
+    route_attention()
+    report_capacity()
+
+
+def plan_of(vllm_config: VllmConfig) -> KVPlan | None:
+    """The KV plan of an engine; None where none of our formats is chosen."""
+    additional = vllm_config.additional_config
+    return requested_plan(
+        vllm_config.cache_config.cache_dtype,
+        additional if isinstance(additional, dict) else {},
+        vllm_config.model_config.get_total_num_hidden_layers() if vllm_config.model_config else 0,
+    )
+
+
+def layer_format(plan: KVPlan, layer_name: str) -> KVFormat:
+    """The format of one attention layer, by the number in its name (`model.layers.3.self_attn.attn`)."""
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    return plan.layers[extract_layer_index(layer_name)]
+
+
+def accept_cache_dtypes() -> None:
+    """Adds our format names to the values that `--kv-cache-dtype` and `CacheConfig` accept.
+
+    Patched: the Literal `vllm.config.cache.CacheDType` with its three copies in the pydantic dataclass
+    `CacheConfig` and its imports in `attention.selector` and `arg_utils`; the argparse entry made from it;
+    `STR_DTYPE_TO_TORCH_DTYPE`, in which the name must lead to the pages' element type. The Literal is closed
+    and checked at each of these places. From vLLM 0.33 on `register_kv_cache_dtype` replaces all of this.
+    """
+    names = tuple(fmt.name for fmt in COMPRESSED_FORMATS)
+    config = vllm.config.cache.CacheConfig
+    extended = Literal[(*get_args(vllm.config.cache.CacheDType), *names)]  # type: ignore[valid-type]
+    config.__annotations__["cache_dtype"] = extended
+    config.__dataclass_fields__["cache_dtype"].type = extended
+    config.__pydantic_fields__["cache_dtype"].annotation = extended
+    pydantic.dataclasses.rebuild_dataclass(config, force=True)
+    vllm.utils.torch_utils.STR_DTYPE_TO_TORCH_DTYPE.update(dict.fromkeys(names, torch.uint8))
+
+    # A module that is not imported yet will find the extended Literal where it imports it from.
+    for module_name in ("vllm.config.cache", "vllm.v1.attention.selector", "vllm.engine.arg_utils"):
+        if module := sys.modules.get(module_name):
+            module.CacheDType = extended
+    if arguments := sys.modules.get("vllm.engine.arg_utils"):
+        arguments._compute_kwargs.cache_clear()
+        arguments._compute_kwargs(config)["cache_dtype"]["type"] = _cache_dtype_argument
+
+
+def _cache_dtype_argument(value: str) -> str:
+    """The `type` of the argparse entry: for a misspelt name of ours the near ones, not a list of forty."""
+    if value.startswith("tq-"):
+        try:
+            KVFormat.parse(value)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+    return value
+
+
+def refuse_early() -> None:
+    """Refuses what cannot be served while vLLM checks its configuration: no engine, no weights yet.
+
+    Patched: `Platform.check_and_update_config`, the last step of `VllmConfig.__post_init__`, which only the
+    process that makes the configuration runs (the others unpickle it). Layers that a plan leaves in the
+    model's own dtype join `kv_cache_dtype_skip_layers` here, vLLM's own way to say so.
+    """
+    platform = type(current_platform)
+    original = platform.check_and_update_config
+
+    def check_and_update_config(cls: type, vllm_config: VllmConfig) -> None:
+        original(vllm_config)
+        try:
+            plan = plan_of(vllm_config)
+            if plan is not None and vllm_config.model_config is not None:
+                check_servable(plan, _facts(vllm_config))
+                vllm_config.cache_config.kv_cache_dtype_skip_layers += map(str, plain_layers(plan))
+        except RefusedConfiguration:
+            _print_refusals_in_one_line()
+            raise
+
+    platform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def _facts(vllm_config: VllmConfig) -> EngineFacts:
+    model, multimodal = vllm_config.model_config, vllm_config.model_config.multimodal_config
+    return EngineFacts(
+        device=current_platform.device_type,
+        num_layers=model.get_total_num_hidden_layers(),
+        head_dim=model.get_head_size(),
+        block_size=vllm_config.cache_config.block_size,
+        mla=model.is_deepseek_mla,
+        encoder_decoder=model.is_encoder_decoder,
+        hybrid=model.is_hybrid,
+        chunked_local_attention=getattr(model.hf_text_config, "attention_chunk_size", None) is not None,
+        bidirectional_images=model.is_mm_prefix_lm
+        and multimodal is not None
+        and multimodal.get_limit_per_prompt("image") > 0,
+        kv_connector=vllm_config.kv_transfer_config is not None,
+    )
+
+
+def _print_refusals_in_one_line() -> None:
+    """Makes an uncaught refusal end the process with its one line in place of a traceback through vLLM.
+
+    Called only when a refusal is on its way, so that the hook of a process that is served stays untouched.
+    """
+    previous = sys.excepthook
+
+    def excepthook(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+        if isinstance(error, RefusedConfiguration):
+            print(f"turboquant: {error}", file=sys.stderr)
+        else:
+            previous(kind, error, traceback)
+
+    sys.excepthook = excepthook
+
+
+def route_attention() -> None:
+    """Gives layers with a compressed format our attention backend, all others the platform's own.
+
+    Patched: `Platform.get_attn_backend_cls`. The CPU platform returns its one backend whatever is selected,
+    and a selection by `--attention-backend` would capture the layers that keep the model's dtype too.
+    """
+    platform = type(current_platform)
+    original = platform.get_attn_backend_cls
+
+    def get_attn_backend_cls(
+        cls: type, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+    ) -> str:
+        if attn_selector_config.kv_cache_dtype in CACHE_DTYPES:
+            _give_pages_their_true_size()
+            return BACKENDS[current_platform.device_type]
+        return original(selected_backend, attn_selector_config=attn_selector_config, num_heads=num_heads)
+
+    platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+
+
+def _give_pages_their_true_size() -> None:
+    """Makes a compressed layer's cache spec count the bytes that its format stores.
+
+    Patched: `Attention.get_kv_cache_spec`, when the first compressed layer is made: importing the class at
+    load would pull model code into every process. A spec has no field for bytes; its page is
+    2 x head_size x element size per token and head. One-byte elements and head_size = slot_bytes / 2 give
+    the true page on vLLM's own spec classes, whose exact type its block managers test.
+    """
+    from vllm.model_executor.layers.attention.attention import Attention
+
+    original = Attention.get_kv_cache_spec
+    if hasattr(original, "__wrapped__"):
+        return
+
+    def get_kv_cache_spec(self: Any, vllm_config: VllmConfig) -> Any:
+        spec = original(self, vllm_config)
+        if spec is None or self.kv_cache_dtype not in CACHE_DTYPES:
+            return spec
+        if self.head_size_v != self.head_size:
+            raise RefusedConfiguration(
+                f"{self.layer_name}: values of another head size ({self.head_size_v}) than keys "
+                f"({self.head_size}) cannot be compressed yet: start with --kv-cache-dtype auto"
+            )
+        slot_bytes = layer_format(plan_of(vllm_config), self.layer_name).slot_bytes(self.head_size)
+        return replace(spec, head_size=slot_bytes // 2, head_size_v=slot_bytes // 2, dtype=torch.uint8)
+
+    get_kv_cache_spec.__wrapped__ = original
+    Attention.get_kv_cache_spec = get_kv_cache_spec
+
+
+def report_capacity() -> None:
+    """Sends the capacity of the uncompressed cache from the engine core to the front end, where metrics are.
+
+    Patched: `vllm.v1.engine.core.get_kv_cache_configs`, the one place that sees all layers' specs and the
+    memory; `EngineCoreReadyResponse` in the same module, the message that already carries vLLM's own
+    capacity, which gets one field more; `MPClient._apply_ready_response`, which reads it. Readers of the
+    message that do not know the field skip it.
+    """
+    from vllm.v1.engine import EngineCoreReadyResponse, core, core_client
+
+    measured: list[CacheCapacity] = []
+    lay_out: Callable[..., list[Any]] = core.get_kv_cache_configs
+    apply_ready: Callable[..., None] = core_client.MPClient._apply_ready_response
+
+    def get_kv_cache_configs(
+        vllm_config: VllmConfig, kv_cache_specs: list[dict[str, Any]], available_memory: list[int]
+    ) -> list[Any]:
+        # vLLM's own function may change the specs that it is given.
+        specs = [dict(worker) for worker in kv_cache_specs]
+        configs = lay_out(vllm_config, kv_cache_specs, available_memory)
+        plan = plan_of(vllm_config)
+        measured[:] = [] if plan is None else [measure_capacity(vllm_config, plan, specs, configs)]
+        return configs
+
+    @dataclass
+    class ReadyResponse(EngineCoreReadyResponse):
+        turboquant: CacheCapacity | None = field(default_factory=lambda: measured[0] if measured else None)
+
+    class ReadyExtension(msgspec.Struct):
+        turboquant: CacheCapacity | None = None
+
+    def _apply_ready_response(self: Any, payload: bytes) -> None:
+        apply_ready(self, payload)
+        capacity = msgspec.msgpack.decode(payload, type=ReadyExtension).turboquant if payload else None
+        if capacity is not None:
+            REPORTED[self.vllm_config.instance_id] = capacity
+
+    core.get_kv_cache_configs = get_kv_cache_configs
+    core.EngineCoreReadyResponse = ReadyResponse
+    core_client.MPClient._apply_ready_response = _apply_ready_response
+
+
+def measure_capacity(
+    vllm_config: VllmConfig, plan: KVPlan, specs: list[dict[str, Any]], configs: list[Any]
+) -> CacheCapacity:
+    """The capacity of an uncompressed cache in the memory that this engine's cache takes.
+
+    `specs` are the layers' cache specs of each worker, `configs` the layouts that vLLM made of them. The
+    baseline is laid out by vLLM's own functions, so that it is exact with sliding windows and layers of
+    mixed sizes too; the smallest of the workers counts, as it does in vLLM.
+    """
+    from vllm.v1.core import kv_cache_utils
+
+    # A fixed number of blocks would be a fixed number of tokens, whatever a token takes.
+    baseline_config = copy.copy(vllm_config)
+    baseline_config.cache_config = copy.copy(vllm_config.cache_config)
+    baseline_config.cache_config.num_gpu_blocks_override = None
+
+    tokens = []
+    for worker_specs, config in zip(specs, configs, strict=True):
+        plain = {name: _uncompressed(spec, name, plan, vllm_config) for name, spec in worker_specs.items()}
+        groups = kv_cache_utils.get_kv_cache_groups(baseline_config, plain)
+        memory = sum(tensor.size for tensor in config.kv_cache_tensors)
+        layout = kv_cache_utils.get_kv_cache_config_from_groups(baseline_config, groups, memory)
+        tokens.append(kv_cache_utils.get_kv_cache_capacity(baseline_config, layout)[0])
+    bytes_per_token = max(
+        sum(spec.page_size_bytes / spec.block_size for spec in worker.values()) for worker in specs
+    )
+    return CacheCapacity(baseline_tokens=min(tokens), bytes_per_token=bytes_per_token)
+
+
+def _uncompressed(spec: Any, layer_name: str, plan: KVPlan, vllm_config: VllmConfig) -> Any:
+    """The spec that a layer would have in the model's own dtype."""
+    if spec.dtype != torch.uint8:
+        return spec
+    fmt = layer_format(plan, layer_name)
+    head_dim = next(dim for dim in HEAD_DIMS if fmt.slot_bytes(dim) == 2 * spec.head_size)
+    return dataclasses.replace(
+        spec, head_size=head_dim, head_size_v=head_dim, dtype=vllm_config.model_config.dtype
+    )

@@ -1,0 +1,150 @@
+"""What the user asked of the cache, as one KV plan, or a refusal in one line.
+
+The first step on the engine's side: `--kv-cache-dtype tq-k4v4` names one format for every attention layer,
+`--additional-config '{"turboquant": {...}}'` carries a KV plan with one entry a layer. Both become a `KVPlan`
+here, and what this release cannot serve is refused before a weight is read. Pure: no vLLM, no torch; the
+adapter of the installed vLLM version hands in plain values.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from turboquant_kernels.formats import BF16, COMPRESSED_FORMATS, PAGE_TOKENS, KVFormat
+from turboquant_kernels.plans import KVPlan
+
+CACHE_DTYPES = frozenset(fmt.name for fmt in COMPRESSED_FORMATS)
+"""The values of `--kv-cache-dtype` that this package adds to vLLM's own."""
+
+PLAN_KEY = "turboquant"
+"""Where a KV plan lies in `--additional-config`."""
+
+_UNCOMPRESSED = "or start with --kv-cache-dtype auto for an uncompressed cache"
+
+
+class RefusedConfiguration(RuntimeError):
+    """A cache that cannot be served as asked. The text is one line: what, and the way out.
+
+    Not a ValueError: pydantic, inside which vLLM checks its configuration, would wrap one in a report of its
+    own and bury the line.
+    """
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """What decides whether a model can be served from compressed pages; all of it known before its weights."""
+
+    device: str
+    """`cpu` or `cuda`: the platform that vLLM runs on."""
+    num_layers: int
+    """Attention layers of the whole model, over all pipeline stages."""
+    head_dim: int
+    block_size: int
+    """Tokens in one block of the engine's block table."""
+    mla: bool
+    encoder_decoder: bool
+    hybrid: bool
+    """Has linear-attention or state-space layers beside attention."""
+    chunked_local_attention: bool
+    bidirectional_images: bool
+    """Tokens of one image see each other in both directions, and images are not switched off."""
+    kv_connector: bool
+    """KV pages leave the engine: offloading, disaggregated prefill."""
+
+
+def requested_plan(
+    cache_dtype: str, additional_config: Mapping[str, Any], num_layers: int
+) -> KVPlan | None:
+    """The format of every attention layer, None where no format of this package is chosen.
+
+    A KV plan needs a `--kv-cache-dtype` of this package beside it, which vLLM uses to tell compressed layers
+    from others; its entries override that format. Entries of the plain bf16 format are layers that keep the
+    model's own dtype.
+
+    Raises RefusedConfiguration for a plan that is malformed, does not fit the model, or comes alone.
+    """
+    document = additional_config.get(PLAN_KEY)
+    if cache_dtype not in CACHE_DTYPES:
+        if document is not None:
+            raise RefusedConfiguration(
+                f"a KV plan needs a compressed --kv-cache-dtype, not {cache_dtype!r}: add "
+                f"--kv-cache-dtype tq-k4v4, or leave {PLAN_KEY!r} out of --additional-config"
+            )
+        return None
+    if document is None:
+        return KVPlan.uniform(KVFormat.parse(cache_dtype), num_layers)
+    if not isinstance(document, dict):
+        raise RefusedConfiguration(
+            f"KV plan: {PLAN_KEY!r} in --additional-config is {document!r}, not an object; "
+            "`tq allocate` writes one"
+        )
+    try:
+        plan = KVPlan.from_dict(document)
+    except ValueError as error:
+        raise RefusedConfiguration(str(error)) from error
+    if len(plan.layers) != num_layers:
+        raise RefusedConfiguration(
+            f"KV plan: {len(plan.layers)} layers, but the model has {num_layers} attention layers: "
+            "make the plan for this model, or leave it out for a uniform format"
+        )
+    return plan
+
+
+def plain_layers(plan: KVPlan) -> tuple[int, ...]:
+    """Indices of the layers that keep the model's own dtype."""
+    return tuple(index for index, layer in enumerate(plan.layers) if layer == BF16)
+
+
+def check_servable(plan: KVPlan, facts: EngineFacts) -> None:
+    """Raises RefusedConfiguration for the first thing that this release cannot serve."""
+    if facts.device != "cpu":
+        raise RefusedConfiguration(
+            f"compressed caches are served on the CPU platform only so far, not on {facts.device}: "
+            f"use the CPU image, {_UNCOMPRESSED}"
+        )
+    unsupported = {
+        "multi-head latent attention (MLA) keeps no keys and values to compress": facts.mla,
+        "encoder-decoder models are not supported": facts.encoder_decoder,
+        "hybrid models (linear attention or Mamba beside attention) are not supported yet": facts.hybrid,
+        "chunked local attention is not supported": facts.chunked_local_attention,
+        "KV connectors and KV offloading are not supported yet: leave them out": facts.kv_connector,
+    }
+    for reason, applies in unsupported.items():
+        if applies:
+            raise RefusedConfiguration(f"{plan_name(plan)}: {reason}, {_UNCOMPRESSED}")
+    if facts.bidirectional_images:
+        raise RefusedConfiguration(
+            f"{plan_name(plan)}: bidirectional attention over image tokens is not supported: add "
+            f"""--limit-mm-per-prompt '{{"image": 0}}' for text only, {_UNCOMPRESSED}"""
+        )
+    if facts.block_size % PAGE_TOKENS:
+        raise RefusedConfiguration(
+            f"--block-size {facts.block_size} is not a multiple of {PAGE_TOKENS}, the tokens of one "
+            "compressed page: leave it out or choose a multiple"
+        )
+    for index, layer in enumerate(plan.layers):
+        _check_layer(index, layer, facts.head_dim)
+
+
+def _check_layer(index: int, layer: KVFormat, head_dim: int) -> None:
+    if layer == BF16:
+        return
+    if not layer.compressed:
+        raise RefusedConfiguration(
+            f"KV plan: layers[{index}] is {layer.name}, which cannot stand beside compressed layers: "
+            "use a compressed format, or 16 bits for both to keep the model's own dtype"
+        )
+    if layer.anchor:
+        raise RefusedConfiguration(
+            f"KV plan: layers[{index}] has an anchor, which is not supported yet: set anchor to false"
+        )
+    try:
+        layer.slot_bytes(head_dim)
+    except ValueError as error:
+        raise RefusedConfiguration(f"{error}: choose another model, {_UNCOMPRESSED}") from error
+
+
+def plan_name(plan: KVPlan) -> str:
+    """A short name for messages: the format's, or that layers differ."""
+    names = {layer.name for layer in plan.layers}
+    return names.pop() if len(names) == 1 else "KV plan with mixed formats"
