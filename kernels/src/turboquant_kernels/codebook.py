@@ -18,7 +18,7 @@ sign, ~code the negated level, and at 8 bits the code is the int8 itself.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import torch
@@ -53,7 +53,7 @@ class Codebook:
         return rank.to(torch.uint8) ^ (1 << (self.bits - 1))
 
 
-@lru_cache(maxsize=None)
+@cache
 def codebook(bits: int, head_dim: int) -> Codebook:
     """The Lloyd-Max codebook of `bits` (1..8) for vectors of `head_dim` coordinates.
 

@@ -1,57 +1,74 @@
 """The codec: keys and values to codes and scales, and back.
 
-    vector -> rotate -> divide by its RMS -> nearest codebook level -> one scale
+    MSE   x -> rotate -> divide by the RMS -> nearest codebook level of each coordinate -> one scale
+    PROD  the same with a bit less, then one sign per coordinate of the projected residual and its norm
 
-`Codec` stands between `rotation`, `codebook` and `packing` on one side and the operations of a cache on the
-other: `store.reference` writes what it encodes, `decode.reference` reads pages through it. Paper: arXiv
-2504.19874, algorithm 1.
+(paper: arXiv 2504.19874, algorithms 1 and 2). `Codec` stands between `rotation`, `codebook` and `packing` on
+one side and the operations of a cache on the other: `store.reference` writes what it encodes,
+`decode.reference` reads pages through it.
 """
 
+import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
-from turboquant_kernels.codebook import Codebook, codebook
+from turboquant_kernels.codebook import codebook
 from turboquant_kernels.formats import Encoding, KVFormat
-from turboquant_kernels.packing import Region, page_layout, unpack
+from turboquant_kernels.packing import (
+    Region,
+    group_codes,
+    group_index,
+    page_layout,
+    take_rows,
+    unpack,
+)
 from turboquant_kernels.plans import DEFAULT_SEED
-from turboquant_kernels.rotation import rotation_matrix
+from turboquant_kernels.rotation import projection_matrix, rotation_matrix
 
 MAX_SCALE = torch.finfo(torch.float16).max
-"""Scales are fp16. A longer vector keeps its direction and is stored at this scale."""
+"""Scales and residual norms are fp16 and saturate here: a longer vector keeps its direction."""
+
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
 class EncodedVectors:
-    """Vectors as the cache holds them, not packed."""
+    """Vectors as the cache holds them, before packing."""
 
     codes: torch.Tensor
     """uint8 [..., D]: `Codebook` codes of the rotated coordinates."""
     scale: torch.Tensor
     """fp16 [...]: from codebook levels to rotated coordinates."""
+    residual_signs: torch.Tensor | None = None
+    """`Encoding.PROD`: uint8 [..., D], 1 where a coordinate of the projected residual is negative."""
+    residual_norm: torch.Tensor | None = None
+    """`Encoding.PROD`: fp16 [...], Euclidean norm of what codes and scale leave over."""
 
 
 class Codec:
     """Encodes and decodes the vectors of one layer: its format, head dimension and rotation seed.
 
-    Tensors inside live on the CPU and are shared by all codecs of the same parameters. Raises ValueError for
-    a plain format, for a head_dim that compressed formats do not have, and for anchors.
+    Non-finite input: a vector with a NaN or an infinity is stored as the zero vector. Pages outlive the
+    request that wrote them (prefix caching), so a fault must not reach others through them; in its own
+    request it stays visible, since the residual stream that produced it carries it on.
+
+    Raises ValueError for a plain format, for a head_dim that compressed formats do not have, and for anchors.
+    Tensors live on the CPU; those of equal parameters are shared by all codecs.
     """
 
     def __init__(self, fmt: KVFormat, head_dim: int, seed: int = DEFAULT_SEED) -> None:
         if not fmt.compressed:
             raise ValueError(f"{fmt.name} is the engine's own cache: there is nothing to encode")
         if fmt.anchor:
-            raise ValueError(f"{fmt.name}: key anchors are not supported yet")
-        if fmt.encoding is Encoding.PROD:
-            raise ValueError(f"{fmt.name}: prod is not supported yet")
+            raise ValueError(f"{fmt.name} with key anchors is not supported yet")
         self.fmt = fmt
         self.head_dim = head_dim
         self.seed = seed
         self.layout = page_layout(fmt, head_dim)
-        self.key_codebook = codebook(fmt.key_code_bits, head_dim)
-        self.value_codebook = codebook(fmt.value_bits, head_dim)
         self._rotation = rotation_matrix(head_dim, seed)
+        self._projection = projection_matrix(head_dim, seed) if fmt.encoding is Encoding.PROD else None
 
     def rotate(self, vectors: torch.Tensor) -> torch.Tensor:
         """R x: any float [..., D] -> float32 [..., D]."""
@@ -62,54 +79,106 @@ class Codec:
         return rotated.float() @ self._rotation
 
     def encode_keys(self, key: torch.Tensor) -> EncodedVectors:
-        """Any float [..., D] -> codes and scale; what is not finite becomes the zero vector."""
-        return self._encode(key, self.key_codebook)
+        """Any float [..., D] -> codes and scale and, for PROD, the residual's signs and norm."""
+        if self._projection is None:
+            return self._encode(key, self.fmt.key_bits)
+        # Algorithm 2. The first stage takes the scale that leaves the smallest residual, least squares; the
+        # second makes the whole unbiased. Relative to rms nothing overflows, however long the vector.
+        unit, rms = self._normalize(key)
+        codes, levels = self._nearest(unit, self.fmt.key_code_bits)
+        factor = (unit * levels).mean(-1, keepdim=True) / levels.square().mean(-1, keepdim=True)
+        scale = _half(rms * factor)
+        residual = unit - levels * (scale.float() / rms.clamp_min(_TINY))
+        signs = (residual @ self._projection.T < 0).to(torch.uint8)
+        norm = _half(residual.norm(dim=-1, keepdim=True) * rms)
+        return EncodedVectors(codes, scale.squeeze(-1), signs, norm.squeeze(-1))
 
     def encode_values(self, value: torch.Tensor) -> EncodedVectors:
-        """Any float [..., D] -> codes and scale; what is not finite becomes the zero vector."""
-        return self._encode(value, self.value_codebook)
+        """Any float [..., D] -> codes and scale."""
+        return self._encode(value, self.fmt.value_bits)
 
     def decode_keys(self, encoded: EncodedVectors) -> torch.Tensor:
         """The keys that attention sees, un-rotated: float32 [..., D]."""
-        return self.unrotate(_dequantize(encoded.codes, encoded.scale, self.key_codebook))
+        rotated = self._dequantize(encoded, self.fmt.key_code_bits)
+        if encoded.residual_signs is not None:
+            rotated = rotated + self._residual(encoded.residual_signs, encoded.residual_norm)
+        return self.unrotate(rotated)
 
     def decode_values(self, encoded: EncodedVectors) -> torch.Tensor:
         """The values that attention sees, un-rotated: float32 [..., D]."""
-        return self.unrotate(_dequantize(encoded.codes, encoded.scale, self.value_codebook))
+        return self.unrotate(self._dequantize(encoded, self.fmt.value_bits))
 
     def read_rotated_keys(self, pages: torch.Tensor) -> torch.Tensor:
         """Keys of whole pages, still rotated: uint8 [..., page_bytes] -> float32 [..., 16, D].
 
-        Slots that were never written give finite, meaningless vectors.
+        Slots that were never written give finite, meaningless vectors, here and for values: a masked token's
+        weight is zero, and zero times NaN is not.
         """
-        return _read(pages, self.layout.key_planes, self.layout.key_scale, self.key_codebook)
+        layout = self.layout
+        keys = self._read(pages, layout.key_planes, layout.key_scale, self.fmt.key_code_bits)
+        if layout.key_residual_signs is not None:
+            signs = unpack([layout.key_residual_signs.of(pages)], bits=1)
+            keys += self._residual(signs, _finite_scale(layout.key_residual_norm, pages))
+        return keys
 
     def read_rotated_values(self, pages: torch.Tensor) -> torch.Tensor:
         """Values of whole pages, still rotated: uint8 [..., page_bytes] -> float32 [..., 16, D]."""
-        return _read(pages, self.layout.value_planes, self.layout.value_scale, self.value_codebook)
+        return self._read(pages, self.layout.value_planes, self.layout.value_scale, self.fmt.value_bits)
 
-    def _encode(self, vectors: torch.Tensor, book: Codebook) -> EncodedVectors:
-        # The largest magnitude is taken out first: squares of bf16 vectors can overflow float32.
+    def _encode(self, vectors: torch.Tensor, bits: int) -> EncodedVectors:
+        unit, rms = self._normalize(vectors)
+        codes, levels = self._nearest(unit, bits)
+        # Unbiased over rotations: <y, scale * levels> = |y|**2. Least squares would shrink every vector by
+        # the distortion (12% at 2 bits), which averaging over tokens does not remove.
+        overlap = (unit * levels).mean(-1, keepdim=True).clamp_min(_TINY)
+        return EncodedVectors(codes, _half(rms / overlap).squeeze(-1))
+
+    def _normalize(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotated coordinates of RMS 1, float32 [..., D], and the RMS, float32 [..., 1].
+
+        Both are zero for vectors that are zero, below float32's normal range, or not finite.
+        """
         vectors = vectors.float()
+        # The largest magnitude is taken out first: squares of bf16 numbers can overflow float32.
         largest = vectors.abs().amax(-1, keepdim=True)
-        usable = torch.isfinite(largest) & (largest > torch.finfo(torch.float32).tiny)
+        usable = torch.isfinite(largest) & (largest >= _TINY)
         rotated = self.rotate(torch.where(usable, vectors / largest, 0.0))
         rms = rotated.square().mean(-1, keepdim=True).sqrt()
-        unit = rotated / rms.where(usable, 1.0)
+        return rotated / rms.clamp_min(_TINY), torch.where(usable, largest * rms, 0.0)
+
+    def _nearest(self, unit: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes, uint8 [..., D], and levels, float32 [..., D], nearest to coordinates of unit variance."""
+        book = codebook(bits, self.head_dim)
         codes = book.quantize(unit)
-        # Unbiased over rotations: <y, scale * level> = |y|**2. Least squares would shrink every vector by
-        # the distortion (12% at 2 bits), which averaging over tokens does not remove.
-        overlap = (unit * book.levels[codes.int()]).mean(-1, keepdim=True)
-        scale = torch.where(usable, largest * rms / overlap, 0.0)
-        return EncodedVectors(codes, scale.squeeze(-1).clamp_max(MAX_SCALE).half())
+        return codes, take_rows(book.levels[:, None], codes)
+
+    def _dequantize(self, encoded: EncodedVectors, bits: int) -> torch.Tensor:
+        levels = codebook(bits, self.head_dim).levels
+        return take_rows(levels[:, None], encoded.codes) * encoded.scale.float().unsqueeze(-1)
+
+    def _read(
+        self, pages: torch.Tensor, planes: tuple[Region, ...], scale: Region, bits: int
+    ) -> torch.Tensor:
+        index = group_index([region.of(pages) for region in planes], bits)
+        levels = take_rows(_group_levels(bits, self.head_dim), index)
+        return levels.mul_(_finite_scale(scale, pages).unsqueeze(-1))
+
+    def _residual(self, signs: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+        """norm * sqrt(pi / 2) / D * S.T (+-1): uint8 [..., D] and [...] -> float32 [..., D], rotated."""
+        factor = math.sqrt(math.pi / 2) / self.head_dim
+        return (1.0 - 2.0 * signs) @ self._projection * (norm.float() * factor).unsqueeze(-1)
 
 
-def _dequantize(codes: torch.Tensor, scale: torch.Tensor, book: Codebook) -> torch.Tensor:
-    levels = book.levels.index_select(0, codes.flatten().int()).view(codes.shape)
-    # A slot that was never written holds any bytes. Its scale must not turn a masked token into NaN.
-    return levels * scale.float().nan_to_num(0.0, 0.0, 0.0).unsqueeze(-1)
+@cache
+def _group_levels(bits: int, head_dim: int) -> torch.Tensor:
+    """The levels of a group of coordinates, by its `packing.group_index`: float32 [2**n, group_size]."""
+    return codebook(bits, head_dim).levels[group_codes(bits).int()]
 
 
-def _read(pages: torch.Tensor, planes: tuple[Region, ...], scale: Region, book: Codebook) -> torch.Tensor:
-    codes = unpack([region.of(pages) for region in planes], book.bits)
-    return _dequantize(codes, scale.of(pages).contiguous().view(torch.float16).squeeze(-1), book)
+def _half(scale: torch.Tensor) -> torch.Tensor:
+    return scale.clamp_max(MAX_SCALE).half()
+
+
+def _finite_scale(region: Region, pages: torch.Tensor) -> torch.Tensor:
+    """An fp16 region as float32 [..., 16]; not finite (a slot that was never written) reads as zero."""
+    return region.of(pages).contiguous().view(torch.float16).squeeze(-1).float().nan_to_num(0.0, 0.0, 0.0)

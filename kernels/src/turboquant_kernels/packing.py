@@ -14,7 +14,7 @@ Every offset follows from `KVFormat`; the sum is `KVFormat.page_bytes`.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -38,13 +38,55 @@ def pack(codes: torch.Tensor, bits: int) -> list[torch.Tensor]:
 
 def unpack(planes: list[torch.Tensor], bits: int) -> torch.Tensor:
     """The inverse of `pack`: uint8 [..., D]."""
-    codes, shift = None, 0
-    for width, plane in zip(PLANES[bits], planes, strict=True):
-        shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=plane.device)
-        part = ((plane.unsqueeze(-1) >> shifts) & ((1 << width) - 1)).flatten(-2) << shift
-        codes = part if codes is None else codes | part
-        shift += width
-    return codes
+    return take_rows(group_codes(bits), group_index(planes, bits))
+
+
+def group_size(bits: int) -> int:
+    """Coordinates that share a byte of the first plane: a group, the unit that is read at once."""
+    return 8 // PLANES[bits][0]
+
+
+def group_index(planes: list[torch.Tensor], bits: int) -> torch.Tensor:
+    """All bits of each group as one number: int32 [..., D / group_size].
+
+    The low byte is the byte of the first plane, above it stand the group's bits of the second.
+    """
+    first, *second = planes
+    index = first.int()
+    return index | take_rows(_second_plane_parts(bits), second[0]) if second else index
+
+
+@cache
+def group_codes(bits: int) -> torch.Tensor:
+    """The codes of a group, by its `group_index`: uint8 [2**(bits * group_size), group_size]."""
+    size = group_size(bits)
+    index = torch.arange(1 << (bits * size), dtype=torch.int32)[:, None]
+    position = torch.arange(size, dtype=torch.int32)
+    codes, index_shift, code_shift = torch.zeros_like(index), 0, 0
+    for width in PLANES[bits]:
+        codes = codes | ((index >> (index_shift + position * width)) & ((1 << width) - 1)) << code_shift
+        index_shift, code_shift = index_shift + size * width, code_shift + width
+    return codes.to(torch.uint8)
+
+
+@cache
+def _second_plane_parts(bits: int) -> torch.Tensor:
+    """What a byte of the second plane adds to the indices of its groups: int32 [256, groups]."""
+    part_bits = group_size(bits) * PLANES[bits][1]
+    byte = torch.arange(256, dtype=torch.int32)[:, None]
+    return ((byte >> torch.arange(0, 8, part_bits, dtype=torch.int32)) & ((1 << part_bits) - 1)) << 8
+
+
+def take_rows(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows of a table one after another: table [n, w], index int [..., m] -> table's dtype [..., m * w].
+
+    A row of up to 16 bytes is copied as one element, which is about four times as fast as PyTorch's row
+    gather; this is where a CPU spends its time in reading compressed pages.
+    """
+    row_type = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+    row_bytes = table.shape[1] * table.element_size()
+    rows = table.view(row_type[row_bytes]).squeeze(-1).index_select(0, index.flatten().int())
+    return rows.view(table.dtype).view(*index.shape[:-1], -1)
 
 
 @dataclass(frozen=True)
@@ -73,7 +115,7 @@ class PageLayout:
     page_bytes: int
 
 
-@lru_cache(maxsize=None)
+@cache
 def page_layout(fmt: KVFormat, head_dim: int) -> PageLayout:
     """The layout of `fmt` at `head_dim`, whose regions fill a page of `fmt.page_bytes(head_dim)` bytes."""
     end = 0

@@ -16,7 +16,7 @@ may use log2(D) butterflies: `hadamard` is a Kronecker product whose right facto
 """
 
 import random
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -39,7 +39,7 @@ def hadamard(order: int) -> torch.Tensor:
     return torch.kron(left, _sylvester(right_order))
 
 
-@lru_cache(maxsize=None)
+@cache
 def rotation_matrix(head_dim: int, seed: int) -> torch.Tensor:
     """R = H diag(s) / sqrt(D), float32 [D, D], orthogonal: y = R x and x = R.T y.
 
@@ -49,6 +49,18 @@ def rotation_matrix(head_dim: int, seed: int) -> torch.Tensor:
     generator = random.Random(seed)
     signs = torch.tensor([generator.choice((-1.0, 1.0)) for _ in range(head_dim)], dtype=torch.float64)
     return (hadamard(head_dim) * signs / head_dim**0.5).float()
+
+
+@cache
+def projection_matrix(head_dim: int, seed: int) -> torch.Tensor:
+    """S, float32 [D, D], independent standard normal entries: the projection of QJL.
+
+    E sign(S r) S.T = sqrt(2 / pi) * r / |r| per row needs rows that are rotation-invariant, which those of a
+    signed Hadamard matrix are not (paper: definition 1 and algorithm 2).
+    """
+    generator = random.Random(f"projection {seed}")
+    entries = [generator.gauss(0.0, 1.0) for _ in range(head_dim * head_dim)]
+    return torch.tensor(entries).view(head_dim, head_dim)
 
 
 def _sylvester(order: int) -> torch.Tensor:
@@ -62,7 +74,8 @@ def _sylvester(order: int) -> torch.Tensor:
 def _paley(q: int) -> torch.Tensor:
     """Paley's first construction, order q + 1, for a prime q = 3 mod 4.
 
-    Q[i, j] = chi(i - j) with chi the quadratic character mod q is skew, and I + [[0, 1], [-1, Q]] is Hadamard.
+    Q[i, j] = chi(i - j), with chi the quadratic character mod q, is skew, and I + [[0, 1], [-1, Q]] is a
+    Hadamard matrix.
     """
     squares = {x * x % q for x in range(1, q)}
     chi = torch.tensor([0.0] + [1.0 if x in squares else -1.0 for x in range(1, q)], dtype=torch.float64)

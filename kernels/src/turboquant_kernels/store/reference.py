@@ -5,7 +5,7 @@ The CPU engine stores with it; GPU kernels are tested against it.
 
 import torch
 
-from turboquant_kernels.codec import Codec, EncodedVectors
+from turboquant_kernels.codec import Codec
 from turboquant_kernels.formats import PAGE_TOKENS
 from turboquant_kernels.packing import Region, pack, pages_of
 
@@ -38,10 +38,17 @@ def store(
         """data: uint8 [used tokens, kv_heads, token_bytes]."""
         region.of(pages)[block, page, :, token] = data
 
-    def write_vectors(encoded: EncodedVectors, bits: int, planes: tuple[Region, ...], scale: Region) -> None:
-        for region, plane in zip(planes, pack(encoded.codes, bits), strict=True):
+    def write_codes(planes: tuple[Region, ...], codes: torch.Tensor, bits: int) -> None:
+        for region, plane in zip(planes, pack(codes, bits), strict=True):
             write(region, plane)
-        write(scale, encoded.scale.unsqueeze(-1).view(torch.uint8))
 
-    write_vectors(keys, codec.key_codebook.bits, layout.key_planes, layout.key_scale)
-    write_vectors(values, codec.value_codebook.bits, layout.value_planes, layout.value_scale)
+    def write_scale(region: Region, scale: torch.Tensor) -> None:
+        write(region, scale.unsqueeze(-1).view(torch.uint8))
+
+    write_codes(layout.key_planes, keys.codes, codec.fmt.key_code_bits)
+    write_codes(layout.value_planes, values.codes, codec.fmt.value_bits)
+    write_scale(layout.key_scale, keys.scale)
+    write_scale(layout.value_scale, values.scale)
+    if layout.key_residual_signs is not None:
+        write_codes((layout.key_residual_signs,), keys.residual_signs, bits=1)
+        write_scale(layout.key_residual_norm, keys.residual_norm)
