@@ -5,6 +5,12 @@
 # new_key FILE: ECDSA, because making an RSA key takes most of a second.
 new_key() { openssl ecparam -genkey -name prime256v1 -noout -out "$1"; }
 
+# authority PKI NAME: PKI/NAME.crt and .key, a certificate authority.
+authority() {
+  new_key "$1/$2.key"
+  openssl req -x509 -key "$1/$2.key" -days 365 -subj "/CN=turboquant-$2" -out "$1/$2.crt"
+}
+
 # certificate PKI NAME SUBJECT [ALTERNATIVE_NAMES]: PKI/NAME.crt and .key, signed by PKI/ca.
 certificate() {
   local pki=$1 name=$2
@@ -32,8 +38,8 @@ make_pki() {
   local pki=$1 kubernetes=DNS:kubernetes,DNS:kubernetes.default,DNS:kubernetes.default.svc
   mkdir -p "$pki"
   chmod 700 "$pki"
-  new_key "$pki/ca.key"
-  openssl req -x509 -key "$pki/ca.key" -days 365 -subj /CN=turboquant-cluster -out "$pki/ca.crt"
+  authority "$pki" ca
+  authority "$pki" front-proxy-ca # the API server must have one, though no API is aggregated
   certificate "$pki" apiserver /CN=kube-apiserver "$2,DNS:localhost,$kubernetes"
   certificate "$pki" apiserver-kubelet-client /O=system:masters/CN=apiserver-kubelet-client
   certificate "$pki" admin /O=system:masters/CN=admin
@@ -62,7 +68,9 @@ start_apiserver() {
     --service-account-signing-key-file="$pki/service-account.key" \
     --kubelet-certificate-authority="$pki/ca.crt" --kubelet-client-certificate="$pki/apiserver-kubelet-client.crt" \
     --kubelet-client-key="$pki/apiserver-kubelet-client.key" --kubelet-preferred-address-types=InternalIP \
-    --advertise-address="$4" "${@:6}"
+    --requestheader-client-ca-file="$pki/front-proxy-ca.crt" --requestheader-allowed-names=front-proxy-client \
+    --requestheader-username-headers=X-Remote-User --requestheader-group-headers=X-Remote-Group \
+    --requestheader-extra-headers-prefix=X-Remote-Extra- --advertise-address="$4" "${@:6}"
 }
 
 # start_controller_manager FOLDER PKI SERVER FLAGS...

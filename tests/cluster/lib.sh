@@ -11,9 +11,9 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 CLUSTER_DIR=${CLUSTER_DIR:-$(cd "$HERE/../.." && pwd)/.cluster}  # what belongs to the running cluster
 CACHE_DIR=${XDG_CACHE_HOME:-$HOME/.cache}/turboquant-operator    # what is kept between runs
 
-STARTED_AT=${EPOCHREALTIME/[.,]/}
+STARTED_AT=${STARTED_AT:-${EPOCHREALTIME/[.,]/}} # inherited by scripts that a script calls
 
-# say TEXT: one line of progress, with the seconds since this script began.
+# say TEXT: one line of progress, with the seconds since the first script began.
 say() {
   local elapsed=$((${EPOCHREALTIME/[.,]/} - STARTED_AT))
   printf '%5d.%ds  %s\n' $((elapsed / 1000000)) $((elapsed / 100000 % 10)) "$*" >&2
@@ -70,8 +70,9 @@ cached() {
   echo "$product"
 }
 
-# Every process that these scripts leave running carries TURBOQUANT_CLUSTER=FOLDER in its environment. That mark
-# finds them all whatever was killed before, and nothing that is not ours can have it.
+# Every process that these scripts leave running, and every one that builds, carries a mark in its environment:
+# TURBOQUANT_CLUSTER=FOLDER or TURBOQUANT_BUILD=FOLDER. It finds them all whatever was killed before, and nothing
+# that is not ours has it.
 
 # start FOLDER NAME COMMAND...: run COMMAND in the background, marked, with its output in FOLDER/logs/NAME.log.
 start() {
@@ -79,10 +80,10 @@ start() {
   TURBOQUANT_CLUSTER=$1 setsid "${@:3}" >>"$1/logs/$2.log" 2>&1 </dev/null 9>&- &
 }
 
-# marked FOLDER: the ids of the processes that carry FOLDER's mark. (grep also fails on a process that just ended.)
-marked() { { grep -lzsxF "TURBOQUANT_CLUSTER=$1" /proc/[0-9]*/environ || true; } | cut -d/ -f3; }
+# marked MARK: the ids of the processes that carry it. (grep also fails on a process that just ended.)
+marked() { { grep -lzsxF "$1" /proc/[0-9]*/environ || true; } | cut -d/ -f3; }
 
-# kill_marked FOLDER: end them. At once: what they hold is thrown away.
+# kill_marked MARK: end them. At once: what they hold is thrown away.
 kill_marked() {
   local pids
   while pids=$(marked "$1") && [ -n "$pids" ]; do
