@@ -39,6 +39,7 @@ OWNED_FLAGS = {
     "--revision": "spec.model.revision",
     "--served-model-name": "spec.model.servedName",
     "--trust-remote-code": "spec.model.trustRemoteCode",
+    "--no-trust-remote-code": "spec.model.trustRemoteCode",
     "--kv-cache-dtype": "spec.kvCache.format",
     "--kv-cache-dtype-skip-layers": "spec.kvCache.skipLayers",
     "--kv-cache-memory-bytes": "spec.kvCache.memory",
@@ -92,10 +93,16 @@ class ConfigMapReference(APIModel):
 
 
 class ModelCache(APIModel):
-    """Where downloaded weights stay between pods."""
+    """Where downloaded weights stay between pods; without it they live in the pod (emptyDir)."""
 
     claim_name: Name
-    """A PersistentVolumeClaim; without one, weights live in the pod (emptyDir)."""
+    """A PersistentVolumeClaim. It must exist, unless `size` is given."""
+    size: Quantity | None = None
+    """Let the operator make the claim, of this size. It is deleted with the object: it holds only copies."""
+    storage_class_name: Name | None = None
+    """Storage class of the claim that the operator makes; the cluster's default when unset."""
+    access_mode: Literal["ReadWriteOnce", "ReadWriteMany"] = "ReadWriteOnce"
+    """Access mode of the claim that the operator makes. Pods on several nodes need ReadWriteMany."""
 
 
 class Architecture(APIModel):
@@ -225,7 +232,14 @@ class Engine(APIModel):
     args: Annotated[
         tuple[Annotated[str, Field(max_length=512)], ...],
         Field(
-            max_length=64, json_schema_extra=rules(*(_owned_flag_rule(f, o) for f, o in OWNED_FLAGS.items()))
+            max_length=64,
+            json_schema_extra=rules(
+                *(_owned_flag_rule(flag, owner) for flag, owner in OWNED_FLAGS.items()),
+                rule(
+                    "!self.exists(arg, arg == '--config' || arg.startsWith('--config='))",
+                    "--config reads flags that nobody can check: list them in engine.args instead",
+                ),
+            ),
         ),
     ] = ()
     """Further engine flags, such as --max-num-seqs=64."""

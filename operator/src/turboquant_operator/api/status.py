@@ -74,6 +74,8 @@ class Plan(APIModel):
     """GPUs that a layer is split over."""
     pipeline_parallel_size: int = 1
     """Groups of GPUs that the layers are split over."""
+    accelerator: str = ""
+    """The kind of GPU that was planned for, or cpu. `auto` keeps to it while the object asks for the same."""
     gpus_per_replica: int
     """0 on cpu."""
     context_length: int

@@ -1,0 +1,30 @@
+"""The flags and variables that `engine` refuses, against the engine's own parser."""
+
+import pytest
+
+from turboquant_operator.api.spec import OWNED_FLAGS
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def options() -> list[set[str]]:
+    """The options of `vllm serve`, each as the set of its spellings."""
+    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    return [set(action.option_strings) for action in make_arg_parser(FlexibleArgumentParser())._actions]
+
+
+def test_every_owned_flag_is_one_of_the_engine(options: list[set[str]]) -> None:
+    assert set(OWNED_FLAGS) - set().union(*options) == set()
+
+
+def test_every_spelling_of_an_owned_flag_is_owned(options: list[set[str]]) -> None:
+    owned = [spellings for spellings in options if spellings & set(OWNED_FLAGS)]
+    assert set().union(*owned) == set(OWNED_FLAGS)
+
+
+def test_no_free_flag_looks_like_a_shortened_owned_one(options: list[set[str]]) -> None:
+    free = set().union(*options) - set(OWNED_FLAGS)
+    assert {(flag, owned) for flag in free for owned in OWNED_FLAGS if owned.startswith(flag)} == set()
