@@ -1,0 +1,119 @@
+"""The engine settings that decide how many tokens a cache holds: vLLM's defaults and `engine.args`.
+
+vLLM 0.25.1 sizes the blocks that a sliding-window layer keeps by `--max-num-batched-tokens`
+(v1/kv_cache_interface.py, `SlidingWindowSpec.max_admission_blocks_per_request`), whose default depends on the
+device (engine/arg_utils.py, `get_batch_defaults`); the OpenAI server's defaults are meant here.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from turboquant_operator.planner.accelerators import Accelerator
+from turboquant_operator.planner.outcome import NoPlan, refused
+
+CPU_BLOCK_TOKENS = 128
+"""Tokens in a block on CPU (platforms/cpu.py)."""
+GPU_BLOCK_TOKENS = 16
+"""Tokens in a block elsewhere (config/cache.py, DEFAULT_BLOCK_SIZE)."""
+WINDOW_BLOCK_TOKENS = 16
+"""Tokens in a block of a sliding-window layer: the smallest that the attention kernels take, whatever
+`--block-size` says (model_executor/layers/attention/attention.py, `get_kv_cache_spec`)."""
+
+_LARGE_GPU_BYTES = 70 * 2**30
+"""From this memory on vLLM batches 8,192 tokens and 1,024 sequences, except on an A100."""
+
+_DTYPES = {
+    "auto": None,
+    "half": "float16",
+    "float16": "float16",
+    "bfloat16": "bfloat16",
+    "float": "float32",
+    "float32": "float32",
+}
+_SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How one engine process batches and blocks."""
+
+    block_tokens: int
+    """Tokens in a block of a full-attention layer."""
+    batched_tokens: int
+    """Most tokens of one step."""
+    sequences: int
+    """Most sequences of one step."""
+    dtype: str | None = None
+    """`--dtype` where the user gave one."""
+    cuda_graphs: bool = True
+    extra_models: bool = False
+    """A draft model or LoRA adapters are loaded too; their memory is not in the plan."""
+
+
+def engine_settings(
+    args: Sequence[str], accelerator: Accelerator | None, context_length: int
+) -> EngineSettings | NoPlan:
+    """Settings from `spec.engine.args`, with vLLM's defaults; `accelerator` is None on cpu.
+
+    A flag whose value cannot be read is refused here, before a pod fails on it.
+    """
+    given = _flags(args)
+    numbers: dict[str, int] = {}
+    for flag in ("block-size", "max-num-batched-tokens", "max-num-seqs"):
+        if flag in given:
+            number = _human_readable(given[flag])
+            if number is None:
+                return refused(
+                    "InvalidEngineArgument",
+                    f"engine.args: --{flag} {given[flag]!r} is not a number of tokens.",
+                )
+            numbers[flag] = number
+    dtype = given.get("dtype", "auto")
+    if dtype not in _DTYPES:
+        return refused(
+            "InvalidEngineArgument", f"engine.args: --dtype {dtype!r} is not one of {', '.join(_DTYPES)}."
+        )
+    tokens, sequences = _batch_defaults(accelerator)
+    if given.get("performance-mode") == "throughput":
+        tokens, sequences = 2 * tokens, 2 * sequences
+    sequences = numbers.get("max-num-seqs", sequences)
+    # The default of a step, but not a value that the user set, shrinks to what all sequences can hold.
+    tokens = numbers.get("max-num-batched-tokens", min(tokens, sequences * context_length))
+    return EngineSettings(
+        block_tokens=numbers.get("block-size", GPU_BLOCK_TOKENS if accelerator else CPU_BLOCK_TOKENS),
+        batched_tokens=tokens,
+        sequences=min(sequences, tokens) if "max-num-seqs" not in numbers else sequences,
+        dtype=_DTYPES[dtype],
+        cuda_graphs=accelerator is not None and "enforce-eager" not in given,
+        extra_models=bool({"speculative-config", "enable-lora"} & given.keys()),
+    )
+
+
+def _batch_defaults(accelerator: Accelerator | None) -> tuple[int, int]:
+    if accelerator is None:
+        return 2048, 128
+    if accelerator.total_bytes >= _LARGE_GPU_BYTES and "a100" not in accelerator.name:
+        return 8192, 1024
+    return 2048, 256
+
+
+def _flags(args: Sequence[str]) -> dict[str, str]:
+    """Flag names without dashes, hyphenated, with their values: `--a=b`, `--a b` and `--a`, `b` alike."""
+    found: dict[str, str] = {}
+    words = [word for arg in args for word in arg.split(maxsplit=1)]
+    for word, following in pairwise([*words, ""]):
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            follows = "" if following.startswith("--") else following
+            found[name.replace("_", "-")] = value if equals else follows
+    return found
+
+
+def _human_readable(text: str) -> int | None:
+    """vLLM's `human_readable_int`: 2048, 2k (2,000), 2K (2,048), 25.6k."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMgGtT])?", text.strip())
+    if not match or ("." in match[1] and not match[2]):
+        return None
+    return int(float(match[1]) * _SUFFIXES[match[2]]) if match[2] else int(match[1])

@@ -1,0 +1,129 @@
+"""The planner's sentences: why this plan, and what would fit where nothing does."""
+
+from collections.abc import Sequence
+
+from turboquant_operator.planner.accelerators import Accelerator
+from turboquant_operator.planner.facts import ModelFacts
+from turboquant_operator.planner.memory import weight_bytes_per_gpu
+from turboquant_operator.planner.options import Option
+from turboquant_operator.planner.outcome import NoPlan, refused, unfit
+
+GIB = 2**30
+
+
+def gib(size: int) -> str:
+    """Bytes as people read them: 14.96 GiB."""
+    return f"{size / GIB:.2f} GiB"
+
+
+def gpus(count: int) -> str:
+    """1 GPU, 2 GPUs."""
+    return f"{count} GPU" if count == 1 else f"{count} GPUs"
+
+
+def place(gpu: Accelerator | None, option: Option) -> str:
+    """Where an option runs."""
+    return "cpu" if gpu is None else f"{gpus(option.devices)} of {gpu.name}"
+
+
+def why(
+    gpu: Accelerator | None,
+    chosen: Option,
+    baseline: Option,
+    tried: Sequence[Option],
+    wanted: int,
+    asked_tensor: bool,
+) -> list[str]:
+    """Reasons of a plan that fits, the decision first."""
+    sentences = [
+        f"{chosen.choice.name} on {place(gpu, chosen)} holds {chosen.tokens:,} tokens: {chosen.sequences} "
+        f"sequences of {chosen.context_length:,} where {wanted} are asked for."
+    ]
+    before = tried[: tried.index(chosen)]
+    if asked_tensor:
+        sentences.append(f"parallelism.tensor asks for {chosen.tensor}.")
+    elif fewer := [option for option in before if option.tensor < chosen.tensor]:
+        best = max(fewer, key=lambda option: option.sequences)
+        sentences.append(
+            f"Fewer GPUs do not suffice: {gpus(best.devices)} hold {best.sequences} such sequences at most "
+            f"({best.choice.name})."
+            if best.memory > 0
+            else f"Fewer GPUs do not suffice: {gpus(best.devices)} do not even hold the weights."
+        )
+    if better := [option for option in before if option.tensor == chosen.tensor]:
+        sentences.append(
+            f"Better quality does not suffice there: {better[-1].choice.name} holds {better[-1].sequences} "
+            "such sequences."
+        )
+    if chosen.choice.tier:
+        sentences.append(f"{chosen.choice.name} is the {chosen.choice.tier} tier.")
+    if baseline.tokens and chosen.choice.formats != baseline.choice.formats:
+        sentences.append(
+            f"The same memory would hold {baseline.tokens:,} tokens in the model's own dtype: "
+            f"{chosen.tokens / baseline.tokens:.2f} times fewer."
+        )
+    if chosen.settings.extra_models:
+        sentences.append("Memory of draft models and LoRA adapters is not counted.")
+    return sentences
+
+
+def insufficient(
+    gpu: Accelerator | None, options: Sequence[Option], wanted: int, lower_tier: Option | None
+) -> NoPlan:
+    """PlanFits=False, with the nearest thing that would fit."""
+    best = max(options, key=lambda option: (option.sequences, option.tokens, option.memory))
+    context = best.context_length
+    asked = f"{wanted} sequence{'s' if wanted > 1 else ''} of {context:,} tokens"
+    if best.memory <= 0:
+        weights = weight_bytes_per_gpu(best.facts.weight_bytes or 0, best.tensor, best.pipeline)
+        return unfit(
+            "InsufficientMemory",
+            f"{best.facts.architecture} does not fit on {place(gpu, best)}: weights take {gib(weights)} of "
+            f"each, and {gib(-best.memory)} are missing beside the engine's work space and kvCache.memory, "
+            "where that is set. Name a larger accelerator.type, raise parallelism.pipeline, or serve "
+            "quantized weights.",
+        )
+    ways = []
+    if best.sequences:
+        ways.append(f"lower capacity.concurrentSequences to {best.sequences}")
+    shorter = _longest_context(best, wanted)
+    if shorter:
+        ways.append(f"lower capacity.contextLength to {shorter:,}")
+    if lower_tier:
+        ways.append(
+            f"allow kvCache.quality {lower_tier.choice.tier} ({lower_tier.choice.name} on "
+            f"{place(gpu, lower_tier)} holds {lower_tier.sequences})"
+        )
+    assert best.cache_layout is not None
+    blocks = wanted * best.cache_layout.blocks_per_sequence(context, best.settings.batched_tokens) + 1
+    need = blocks * best.cache_layout.bytes_per_block
+    ways.append(
+        f"raise kvCache.memory to {-(-need // 2**20)}Mi"
+        if gpu is None
+        else "name an accelerator.type with more memory"
+    )
+    return unfit(
+        "InsufficientMemory",
+        f"No allowed plan holds {asked}. The nearest, {best.choice.name} on {place(gpu, best)}, holds "
+        f"{best.tokens:,} tokens, {best.sequences} such sequences. Way out: {'; or '.join(ways)}.",
+    )
+
+
+def _longest_context(option: Option, wanted: int) -> int:
+    """The longest context of which `wanted` sequences fit, in whole blocks; 0 where there is none."""
+    step = option.settings.block_tokens
+    low, high = 0, option.context_length // step
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if option.sequences_of(middle * step) >= wanted else (low, middle - 1)
+    return low * step
+
+
+def unmixable(facts: ModelFacts) -> NoPlan:
+    """Accepted=False: blocks of different bytes beside sliding windows."""
+    return refused(
+        "UnsupportedLayerFormats",
+        f"{facts.architecture} has sliding-window layers, whose blocks share one pool with the others: all "
+        "layers need the same bytes per token. Remove kvCache.skipLayers, or use a KV plan that varies key "
+        "and value bits at a constant sum.",
+    )

@@ -1,0 +1,81 @@
+"""One possible plan: a KV format on a number of GPUs, with the capacity that it gives."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from turboquant_kernels.formats import ANCHOR_TOKENS, BF16, KVFormat
+from turboquant_operator.planner.capacity import CacheLayout, format_bytes, layer_caches, layout
+from turboquant_operator.planner.engine import EngineSettings
+from turboquant_operator.planner.facts import ModelFacts
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A format for every attention layer."""
+
+    name: str
+    """What `--kv-cache-dtype` names."""
+    formats: tuple[KVFormat, ...]
+    """One per attention layer; `BF16` stands for the model's own dtype."""
+    tier: str | None = None
+    """The quality tier that this is, where it is one."""
+
+    @classmethod
+    def uniform(
+        cls, fmt: KVFormat, facts: ModelFacts, skip: Iterable[int] = (), tier: str | None = None
+    ) -> "Choice":
+        """One format for all layers but the skipped ones, which stay in the model's own dtype."""
+        skipped = set(skip)
+        return cls(fmt.name, tuple(BF16 if i in skipped else fmt for i in range(facts.layers)), tier)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One choice on one number of devices."""
+
+    choice: Choice
+    facts: ModelFacts
+    settings: EngineSettings
+    context_length: int
+    tensor: int
+    pipeline: int
+    memory: int
+    """Bytes for the cache on each device; zero or less where the weights leave none."""
+
+    @property
+    def devices(self) -> int:
+        """GPUs of one replica."""
+        return self.tensor * self.pipeline
+
+    @cached_property
+    def cache_layout(self) -> CacheLayout | None:
+        """None where the engine cannot let the layers' blocks share one pool."""
+        whole = layout(layer_caches(self.facts, self.choice.formats, self.tensor, self.settings))
+        # Every pipeline stage holds about an equal share of each group's layers.
+        return whole and CacheLayout(-(-whole.bytes_per_block // self.pipeline), whole.groups)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one replica, as the engine will report them."""
+        if self.cache_layout is None or self.memory <= 0:
+            return 0
+        return self.cache_layout.tokens(self.memory, self.context_length, self.settings.batched_tokens)
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of the full context that fit at once."""
+        return self.sequences_of(self.context_length)
+
+    def sequences_of(self, context_length: int) -> int:
+        """Sequences of another length that would fit at once."""
+        if self.cache_layout is None or self.memory <= 0:
+            return 0
+        return self.cache_layout.sequences(self.memory, context_length, self.settings.batched_tokens)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token in all layers on all devices of a replica, replicated KV heads included."""
+        heads = self.tensor * max(1, self.facts.key_value_heads // self.tensor)
+        block = heads * sum(format_bytes(fmt, self.facts, ANCHOR_TOKENS) for fmt in self.choice.formats)
+        return -(-block // ANCHOR_TOKENS)
