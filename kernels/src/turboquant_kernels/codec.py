@@ -90,7 +90,7 @@ class Codec:
         scale = _half(rms * factor)
         residual = unit - levels * (scale.float() / rms.clamp_min(_TINY))
         signs = (residual @ self._projection.T < 0).to(torch.uint8)
-        norm = _half(residual.norm(dim=-1, keepdim=True) * rms)
+        norm = _half(torch.linalg.vector_norm(residual, dim=-1, keepdim=True) * rms)
         return EncodedVectors(codes, scale.squeeze(-1), signs, norm.squeeze(-1))
 
     def encode_values(self, value: torch.Tensor) -> EncodedVectors:
@@ -141,10 +141,10 @@ class Codec:
         vectors = vectors.float()
         # The largest magnitude is taken out first: squares of bf16 numbers can overflow float32.
         largest = vectors.abs().amax(-1, keepdim=True)
-        usable = torch.isfinite(largest) & (largest >= _TINY)
-        rotated = self.rotate(torch.where(usable, vectors / largest, 0.0))
-        rms = rotated.square().mean(-1, keepdim=True).sqrt()
-        return rotated / rms.clamp_min(_TINY), torch.where(usable, largest * rms, 0.0)
+        unusable = ~((largest >= _TINY) & (largest < torch.inf))
+        rotated = self.rotate((vectors / largest).masked_fill_(unusable, 0.0))
+        rms = torch.linalg.vector_norm(rotated, dim=-1, keepdim=True) / self.head_dim**0.5
+        return rotated / rms.clamp_min(_TINY), (largest * rms).masked_fill_(unusable, 0.0)
 
     def _nearest(self, unit: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes, uint8 [..., D], and levels, float32 [..., D], nearest to coordinates of unit variance."""

@@ -14,7 +14,7 @@ Every offset follows from `KVFormat`; the sum is `KVFormat.page_bytes`.
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 
 import torch
 
@@ -28,10 +28,9 @@ def pack(codes: torch.Tensor, bits: int) -> list[torch.Tensor]:
     """The bit planes of codes: uint8 [..., D] -> one uint8 [..., D * w / 8] for each plane width w."""
     planes, shift = [], 0
     for width in PLANES[bits]:
-        plane = (codes >> shift) & ((1 << width) - 1)
-        shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=codes.device)
-        # Bits of the coordinates of one byte are disjoint, so their sum is their union.
-        planes.append((plane.unflatten(-1, (-1, 8 // width)) << shifts).sum(-1, dtype=torch.uint8))
+        plane = ((codes >> shift) & ((1 << width) - 1)).unflatten(-1, (-1, 8 // width))
+        parts = [plane[..., position] << (position * width) for position in range(8 // width)]
+        planes.append(reduce(torch.bitwise_or, parts))
         shift += width
     return planes
 
