@@ -64,6 +64,8 @@ OWNED_ENV = {
     "VLLM_CPU_KVCACHE_SPACE": "spec.kvCache.memory",
     "VLLM_API_KEY": "spec.service.apiKeySecretRef",
     "HF_TOKEN": "spec.model.credentialsSecretRef",
+    "HF_HOME": "spec.model.cache",
+    "HOME": "the operator (the one writable folder)",
 }
 """Environment variables that a field of the API owns: refused in `engine.env`."""
 
