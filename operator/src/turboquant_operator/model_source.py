@@ -1,11 +1,14 @@
 """Edge: from where a model lies to facts about it. The only place of the operator that reads models.
 
-A public hub model is read here, by the operator itself; everything else by an inspection pod, whose
-termination message `facts_from_inspection` reads. `tq plan` reads folders too.
+A public hub model is read here, by the operator itself; everything else by an inspection pod, which hands the
+same document back (`turboquant_runtime.inspect`). `tq plan` reads folders too.
 """
 
 import json
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from turboquant_kernels.checkpoint import CONFIG, Checkpoint, CheckpointError, read_folder, read_hub
 from turboquant_operator.api.spec import Architecture, Model
@@ -13,51 +16,52 @@ from turboquant_operator.planner.facts import ModelFacts, read_facts
 from turboquant_operator.planner.outcome import NoPlan, refused, unknown
 
 HUB = "hf://"
+SCHEMES = (HUB, "pvc://")
+"""Model URIs that this release serves."""
 
-_WRONG = {"ModelNotFound", "ModelAccessDenied", "InvalidModel"}
-"""Reasons that only a change of the object or of the model can cure; others may pass by themselves."""
+Document = dict[str, Any]
+"""`Checkpoint` as JSON: `config`, `weights`, `revision`."""
 
 
-def unsupported_source(model: Model) -> NoPlan | None:
-    """The refusal of a URI scheme that is not implemented yet."""
-    scheme = model.uri.partition("://")[0]
-    if scheme in ("hf", "pvc"):
+def unsupported_source(uri: str) -> NoPlan | None:
+    """The refusal of a URI whose scheme is not served yet."""
+    if uri.startswith(SCHEMES):
         return None
     return refused(
         "UnsupportedModelSource",
-        f"model.uri {model.uri!r}: {scheme}:// is not supported yet, use hf:// or pvc://.",
+        f"model.uri {uri!r} is not supported yet: use {' or '.join(SCHEMES)}.",
     )
 
 
-def facts_from_hub(model: Model) -> tuple[ModelFacts | NoPlan, str]:
-    """Facts about a public hf:// model, and the commit that they were read from."""
+def read_public_model(model: Model) -> Document | NoPlan:
+    """The document of a public hf:// model, or the condition that says why it cannot be read. Blocking.
+
+    Facts that the user gave stand in for a model that cannot be read.
+    """
+    if problem := unsupported_source(model.uri):
+        return problem
     try:
-        return _facts(read_hub(model.uri.removeprefix(HUB), model.revision), model.architecture)
+        return asdict(read_hub(model.uri.removeprefix(HUB), model.revision))
     except CheckpointError as error:
-        return _condition(error, model.architecture), ""
+        if isinstance(read_facts(None, None, model.architecture), ModelFacts):
+            return asdict(Checkpoint({}))
+        passing = error.reason == "HubUnreachable"
+        return (unknown if passing else refused)(error.reason, str(error))
 
 
-def facts_from_inspection(message: str, model: Model) -> tuple[ModelFacts | NoPlan, str]:
-    """Facts from an inspection pod's termination message, and the commit where there is one."""
-    try:
-        document = json.loads(message)
-        if "error" in document:
-            raise CheckpointError(document["error"]["reason"], document["error"]["message"])
-        return _facts(Checkpoint(**document), model.architecture)
-    except CheckpointError as error:
-        return _condition(error, model.architecture), ""
-    except (ValueError, TypeError, KeyError):
-        told = message.strip()[-300:] or "nothing"
-        return unknown("InspectionFailed", f"The inspection pod reported no model facts but: {told}"), ""
+def facts_of(document: Mapping[str, Any], given: Architecture) -> ModelFacts | NoPlan:
+    """What a document says; `given` wins. A document of another shape gives InvalidModelFacts."""
+    config, weights = document.get("config"), document.get("weights", {})
+    if not isinstance(config, Mapping) or not isinstance(weights, Mapping):
+        return unknown("InvalidModelFacts", f"These are no model facts: {json.dumps(document)[:200]}")
+    return read_facts(config, weights, given)
 
 
 def read_model(source: str, revision: str = "") -> Checkpoint:
     """What `tq plan` is pointed at: a config.json, a folder or a hub model. Raises CheckpointError."""
     path = Path(source).expanduser()
     if path.is_file():
-        if path.name == CONFIG:
-            return read_folder(path.parent)
-        return _config_file(path)
+        return read_folder(path.parent) if path.name == CONFIG else _config_file(path)
     if path.is_dir() or source.startswith((".", "/", "~")):
         return read_folder(path)
     return read_hub(source.removeprefix(HUB), revision)
@@ -72,15 +76,3 @@ def _config_file(path: Path) -> Checkpoint:
     if not isinstance(config, dict):
         raise CheckpointError("InvalidModel", f"{path} holds no JSON object")
     return Checkpoint(config)
-
-
-def _facts(found: Checkpoint, given: Architecture) -> tuple[ModelFacts | NoPlan, str]:
-    return read_facts(found.config, found.weights, given), found.revision
-
-
-def _condition(error: CheckpointError, given: Architecture) -> ModelFacts | NoPlan:
-    """Facts that the user gave stand in for a model that cannot be read; else the reason why it cannot."""
-    facts = read_facts(None, None, given)
-    if isinstance(facts, ModelFacts):
-        return facts
-    return (refused if error.reason in _WRONG else unknown)(error.reason, str(error))
