@@ -19,7 +19,8 @@ from turboquant_kernels.formats import PAGE_TOKENS
 from turboquant_kernels.packing import pages_of
 
 WORKSPACE_BYTES = 8 << 20
-"""Decompressed keys and values, and scores, that are held at a time. Larger ones leave the caches and are\nmapped anew by the allocator each time: 64 MiB took 2.4 times as long (4 sequences of 2,000 tokens, 8 heads)."""
+"""Decompressed keys and values, and scores, that are held at a time. Larger tensors leave the caches and the
+allocator maps them anew each time: 64 MiB took 2.4 times as long (4 sequences of 2,000 tokens, 8 heads)."""
 
 
 def paged_attention(
@@ -78,7 +79,7 @@ def _attend(
     soft_cap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention of some tiles: rotated and scaled queries, float32 [n, width, q_heads, D] -> the same shape."""
+    """Attention of some tiles: float32 [n, width, q_heads, D], queries rotated and scaled -> same shape."""
     n, width, q_heads, head_dim = query.shape
     kv_heads = pages.shape[2]
     group = q_heads // kv_heads
