@@ -1,0 +1,334 @@
+"""One pass over one object, at the edge: read what is, ask what should be, write the difference.
+
+`handlers` says when (an event of the object or a child, the slow resync) and provides the reader of what kopf
+has indexed. Every pass does everything that is needed and nothing twice, whatever happened before it.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+from turboquant_kernels.plans import KVPlan
+from turboquant_operator.api.object import Identity, InvalidSpecError, parse_spec
+from turboquant_operator.api.spec import Model, TurboQuantDeploymentSpec
+from turboquant_operator.api.status import Plan
+from turboquant_operator.builders.metadata import PLAN_HASH, Manifest
+from turboquant_operator.engine_capacity import Scrape, ScrapeError, scrape_capacity
+from turboquant_operator.kube import ConflictError, ForbiddenError, Kube, RefusedError
+from turboquant_operator.metrics import OperatorMetrics
+from turboquant_operator.model_source import facts_of, read_public_model, unsupported_source
+from turboquant_operator.planner.outcome import NoPlan, refused, unknown
+from turboquant_operator.problems import Problem, is_ready
+from turboquant_operator.reconcile import (
+    Children,
+    Desired,
+    Document,
+    Images,
+    Planned,
+    PlanRequest,
+    desired,
+    gpus_of,
+    is_applied,
+    known_document,
+    model_source,
+    needs_inspection,
+    waiting_for_inspection,
+)
+from turboquant_operator.status import (
+    Seen,
+    events,
+    failed_status,
+    next_status,
+    refused_status,
+    template_plan_hash,
+)
+from turboquant_operator.workqueue import WorkQueue
+
+Key = tuple[str, str]
+"""Namespace and name of an object."""
+
+LOOK_AGAIN_SECONDS = 30.0
+"""Until the next pass over an object that waits for something no watch tells of: the hub, an engine's
+metrics page, a ConfigMap of the user's."""
+
+logger = logging.getLogger(__name__)
+
+
+class Cluster(Protocol):
+    """What is indexed of the cluster."""
+
+    def object(self, key: Key) -> Mapping[str, Any] | None: ...
+
+    def keys(self) -> Iterable[Key]: ...
+
+    def children(self, key: Key) -> Children: ...
+
+
+ReadPublicModel = Callable[[Model], Document | NoPlan]
+
+
+@dataclass
+class _Memory:
+    """What is kept of an object between passes, to save requests; all of it can be read again."""
+
+    uid: str
+    source: str = ""
+    document: Document | None = None
+    """The model `source`: the ConfigMap that keeps it may not be indexed yet."""
+    capacities: Mapping[str, int] = field(default_factory=dict)
+    """Tokens by container id. A container's cache has one size for its whole life."""
+
+
+class _NameTakenError(Exception):
+    """A child's name belongs to an object of somebody else's."""
+
+
+class Controller:
+    """Reconciles objects, one worker at a time on each."""
+
+    def __init__(
+        self,
+        kube: Kube,
+        cluster: Cluster,
+        images: Images,
+        metrics: OperatorMetrics,
+        identity: str,
+        read_model: ReadPublicModel = read_public_model,
+        scrape: Scrape = scrape_capacity,
+    ) -> None:
+        self.queue: WorkQueue[Key] = WorkQueue()
+        self._kube = kube
+        self._cluster = cluster
+        self._images = images
+        self._metrics = metrics
+        self._identity = identity
+        self._read_model = read_model
+        self._scrape = scrape
+        self._memory: dict[Key, _Memory] = {}
+
+    async def work_forever(self) -> None:
+        """One worker. An exception ends one pass, never the worker."""
+        while True:
+            key = await self.queue.get()
+            started = time.monotonic()
+            try:
+                await self.reconcile(key)
+            except ConflictError:
+                # Read before the last write was indexed; that write's event is on its way.
+                self.queue.add_after(key, 0.2)
+                self.queue.done(key)
+            except Exception as error:
+                self._metrics.reconcile_errors.inc()
+                delay = self.queue.failed(key)
+                logger.exception("%s/%s: reconcile failed, next try in %.0f s", *key, delay)
+                await self._report_failure(key, error)
+            else:
+                self.queue.done(key)
+            finally:
+                self._metrics.reconcile_seconds.observe(time.monotonic() - started)
+
+    async def resync_forever(self, seconds: float) -> None:
+        """Puts every object in turn, spread over the time, so that whatever was missed is caught up."""
+        while True:
+            keys = list(self._cluster.keys())
+            for key in keys:
+                await asyncio.sleep(seconds / len(keys))
+                self.queue.add(key)
+            if not keys:
+                await asyncio.sleep(seconds)
+
+    async def reconcile(self, key: Key) -> None:
+        """One pass. Raises ConflictError where what was read is out of date."""
+        body = self._cluster.object(key)
+        if body is None or body["metadata"].get("deletionTimestamp"):
+            self._memory.pop(key, None)
+            return  # The garbage collector takes the children.
+        owner = Identity.of(body)
+        if key not in self._memory or self._memory[key].uid != owner.uid:
+            self._memory[key] = _Memory(owner.uid)
+        previous: Mapping[str, Any] = body.get("status", {})
+        now = datetime.now(UTC)
+        try:
+            spec = parse_spec(body)
+        except InvalidSpecError as error:
+            await self._write_status(
+                owner, previous, refused_status(owner, previous, "InvalidSpec", str(error), now)
+            )
+            return
+
+        children = self._cluster.children(key)
+        planned = await self._plan(key, owner, spec, previous, children)
+        wanted = desired(owner, spec, planned, children, self._images, now)
+        children, refusal = await self._apply(owner, wanted, children)
+        deployment = children.get("Deployment", owner.name)
+        if deployment is not None and not owner.owns(deployment):
+            deployment = None
+        pods = children.engine_pods()
+        seen = Seen(
+            outcome=planned.outcome,
+            model=planned.facts.to_status(planned.revision) if planned.facts else None,
+            deployment=deployment,
+            pods=pods,
+            measured_tokens=await self._measure(key, deployment, pods),
+            refusal=refusal,
+        )
+        status = next_status(owner, spec, previous, seen, now)
+        await self._write_status(
+            owner, previous, status.model_dump(by_alias=True, mode="json", exclude_none=True)
+        )
+        waits = isinstance(planned.outcome, NoPlan) and planned.outcome.status == "Unknown"
+        if waits or refusal is not None:
+            self.queue.add_after(key, LOOK_AGAIN_SECONDS)
+
+    async def _plan(
+        self,
+        key: Key,
+        owner: Identity,
+        spec: TurboQuantDeploymentSpec,
+        previous: Mapping[str, Any],
+        children: Children,
+    ) -> Planned:
+        source, memory = model_source(spec), self._memory[key]
+        unsupported = unsupported_source(spec.model.uri)
+        if unsupported is not None:
+            return Planned(source, unsupported)
+        document = memory.document if memory.source == source else None
+        document = document or known_document(owner, children, source)
+        if document is None and needs_inspection(spec):
+            return Planned(source, waiting_for_inspection(owner, children, source), inspect=True)
+        if document is None:
+            read = await asyncio.to_thread(self._read_model, spec.model)
+            if isinstance(read, NoPlan):
+                return Planned(source, read)
+            document = read
+        memory.source, memory.document = source, document
+        facts = facts_of(document, spec.model.architecture)
+        if isinstance(facts, NoPlan):
+            return Planned(source, facts, document)
+        kv_plan = await self._kv_plan(owner, spec)
+        if isinstance(kv_plan, NoPlan):
+            return Planned(source, kv_plan, document, facts)
+        request = PlanRequest(spec, facts, kv_plan, document.get("revision", ""))
+        return Planned(source, await self._choose(request, previous), document, facts, kv_plan)
+
+    async def _kv_plan(self, owner: Identity, spec: TurboQuantDeploymentSpec) -> KVPlan | NoPlan | None:
+        reference = spec.kv_cache.plan_ref
+        if reference is None:
+            return None
+        config_map = await asyncio.to_thread(self._kube.get, "ConfigMap", owner.namespace, reference.name)
+        if config_map is None:
+            return unknown("KVPlanNotFound", f"There is no ConfigMap {reference.name!r} (kvCache.planRef).")
+        text = config_map.get("data", {}).get("plan.json")
+        if text is None:
+            return refused("InvalidKVPlan", f"ConfigMap {reference.name!r} has no key plan.json.")
+        try:
+            return KVPlan.from_json(text)
+        except ValueError as error:
+            return refused("InvalidKVPlan", f"ConfigMap {reference.name!r}: {error}")
+
+    async def _choose(self, request: PlanRequest, previous: Mapping[str, Any]) -> Plan | NoPlan:
+        if request.spec.accelerator.type != "auto":
+            return request.plan(nodes=None)
+        nodes = await asyncio.to_thread(self._kube.list_nodes)
+        before = previous.get("plan", {}).get("accelerator", "")
+        return request.plan_again(None if nodes is None else gpus_of(nodes), before)
+
+    async def _apply(
+        self, owner: Identity, wanted: Desired, children: Children
+    ) -> tuple[Children, Problem | None]:
+        """Writes the difference; the children as they are then, and what was refused of them."""
+        by_name = dict(children.by_name)
+        refusal: Problem | None = None
+        for manifest in wanted.apply:
+            name = (manifest["kind"], manifest["metadata"]["name"])
+            if is_applied(manifest, by_name.get(name)):
+                continue
+            try:
+                by_name[name] = await asyncio.to_thread(self._apply_one, owner, manifest, by_name.get(name))
+                logger.info("%s/%s: applied %s %s", owner.namespace, owner.name, *name)
+            except RefusedError as error:
+                refusal = Problem(
+                    "InvalidPod" if name[0] == "Deployment" else f"Invalid{name[0]}", str(error)
+                )
+                break
+            except ForbiddenError as error:
+                refusal = Problem(f"{name[0]}Forbidden", str(error))
+                break
+            except _NameTakenError as error:
+                refusal = Problem("NameTaken", str(error))
+                break
+        for manifest in wanted.delete:
+            await asyncio.to_thread(self._kube.delete, manifest)
+        if wanted.scale_down_to is not None:
+            await asyncio.to_thread(self._kube.scale, owner.namespace, owner.name, wanted.scale_down_to)
+        return Children(by_name), refusal
+
+    def _apply_one(self, owner: Identity, manifest: Manifest, live: Manifest | None) -> Manifest:
+        """Applies a child, but never takes over an object of that name that is not this object's child."""
+        metadata = manifest["metadata"]
+        live = live or self._kube.get(manifest["kind"], metadata["namespace"], metadata["name"])
+        if live is not None and not owner.owns(live):
+            raise _NameTakenError(
+                f"{manifest['kind']} {metadata['name']} exists and does not belong to this object: "
+                "delete or rename one of the two."
+            )
+        return self._kube.apply(manifest)
+
+    async def _measure(
+        self, key: Key, deployment: Manifest | None, pods: Iterable[Manifest]
+    ) -> tuple[int, ...]:
+        """Capacities that the ready pods of the present plan report, each container asked once."""
+        if deployment is None:
+            return ()
+        plan_hash = template_plan_hash(deployment)
+        known, capacities = self._memory[key].capacities, {}
+        for pod in pods:
+            if not is_ready(pod) or pod["metadata"]["labels"].get(PLAN_HASH) != plan_hash:
+                continue
+            container = _engine_container_id(pod)
+            try:
+                capacities[container] = known.get(container) or await self._scrape(pod["status"]["podIP"])
+            except ScrapeError as error:
+                logger.warning("%s/%s: capacity not read: %s", *key, error)
+                self.queue.add_after(key, LOOK_AGAIN_SECONDS)
+        self._memory[key].capacities = capacities
+        return tuple(capacities.values())
+
+    async def _write_status(
+        self, owner: Identity, previous: Mapping[str, Any], status: dict[str, Any]
+    ) -> None:
+        """Writes a status that differs from the present one, and tells of it in events."""
+        if status == previous:
+            return
+        await asyncio.to_thread(self._kube.apply_status, owner, status)
+        for event in events(previous, status):
+            try:
+                await asyncio.to_thread(self._kube.post_event, owner, event, self._identity)
+            except Exception as error:
+                # Events inform; the status above is what counts.
+                logger.warning("%s/%s: event not posted: %s", owner.namespace, owner.name, error)
+
+    async def _report_failure(self, key: Key, error: Exception) -> None:
+        """Says on the object that the operator itself failed. Best effort: the API may be what fails."""
+        body = self._cluster.object(key)
+        if body is None:
+            return
+        owner, previous = Identity.of(body), body.get("status", {})
+        message = f"{type(error).__name__}: {error}"
+        with contextlib.suppress(Exception):
+            await self._write_status(
+                owner, previous, failed_status(owner, previous, message, datetime.now(UTC))
+            )
+
+
+def _engine_container_id(pod: Manifest) -> str:
+    """The container that serves, or the pod where its runtime gives no ids."""
+    for container in pod["status"].get("containerStatuses", ()):
+        if container["name"] == "engine" and container.get("containerID"):
+            return str(container["containerID"])
+    return str(pod["metadata"]["uid"])
