@@ -32,7 +32,7 @@ class RefusedConfiguration(RuntimeError):
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """What decides whether a model can be served from compressed pages; all of it known before its weights."""
+    """What decides whether a model can be served from compressed pages; known before its weights are."""
 
     device: str
     """`cpu` or `cuda`: the platform that vLLM runs on."""
@@ -52,9 +52,7 @@ class EngineFacts:
     """KV pages leave the engine: offloading, disaggregated prefill."""
 
 
-def requested_plan(
-    cache_dtype: str, additional_config: Mapping[str, Any], num_layers: int
-) -> KVPlan | None:
+def requested_plan(cache_dtype: str, additional_config: Mapping[str, Any], num_layers: int) -> KVPlan | None:
     """The format of every attention layer, None where no format of this package is chosen.
 
     A KV plan needs a `--kv-cache-dtype` of this package beside it, which vLLM uses to tell compressed layers

@@ -1,9 +1,9 @@
 """The cache's capacity and use as gauges on the engine's own /metrics.
 
-vLLM loads `CapacityStatLogger` through the group `vllm.stat_logger_plugins` in the API server's process, where
-/metrics is served, once the engine is ready, and calls `record` after each step. The gauges lie in the default
-registry, which vLLM serves, and carry vLLM's labels; with several API servers prometheus_client merges the
-latest value of each.
+vLLM loads `CapacityStatLogger` through the group `vllm.stat_logger_plugins` in the API server's process,
+where /metrics is served, once the engine is ready, and calls `record` after each step. The gauges lie in the
+default registry, which vLLM serves, and carry vLLM's labels; with several API servers prometheus_client
+merges the latest value of each.
 
 With none of our formats chosen the gauges show vLLM's own capacity and a gain of 1, so that dashboards,
 autoscalers and the operator read one set of names from every deployment. Only the bytes per token are left
@@ -22,7 +22,7 @@ from turboquant_runtime.capacity import REPORTED
 _LABELS = ("model_name", "engine")
 _GAUGES = {
     "turboquant_kv_capacity_tokens": "Tokens that the KV cache of one engine holds.",
-    "turboquant_kv_baseline_capacity_tokens": "Tokens that the same memory would hold in the model's own dtype.",
+    "turboquant_kv_baseline_capacity_tokens": "Tokens that the same memory holds in the model's own dtype.",
     "turboquant_kv_capacity_gain_ratio": "Capacity over baseline capacity.",
     "turboquant_kv_bytes_per_token": "Bytes of one token's keys and values in all layers of one engine rank.",
     "turboquant_kv_used_tokens": "Token slots in blocks that running requests hold.",
@@ -70,7 +70,7 @@ class CapacityStatLogger(StatLoggerBase):
         mm_cache_stats: Any = None,
         engine_idx: int = 0,
     ) -> None:
-        """Called after each step; `scheduler_stats` is None in steps whose stats went to another front end."""
+        """Called after each step; `scheduler_stats` is None where another front end got them."""
         if scheduler_stats is not None and self._capacity:
             self._set_use(scheduler_stats.kv_cache_usage)
 

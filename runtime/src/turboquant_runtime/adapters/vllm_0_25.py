@@ -15,10 +15,10 @@ by name when a symbol changes. With none of our formats chosen every patch calls
 
 import argparse
 import copy
-import dataclasses
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, Literal, get_args
 
 import msgspec
@@ -44,19 +44,15 @@ from turboquant_runtime.configuration import (
 BACKENDS = {"cpu": "turboquant_runtime.backends.cpu.CompressedCPUBackend"}
 """Our attention backend for each platform's device type."""
 
-_installed = False
 
-
+@cache
 def install() -> None:
-    """Patches the vLLM of this process, once."""
-    global _installed
-    if _installed:
-        return
-    _installed = True
+    """Patches the vLLM of this process; further calls do nothing."""
     accept_cache_dtypes()
     refuse_early()
     route_attention()
-    report_capacity()
+    if "vllm.v1.engine.core" in sys.modules:
+        report_capacity()
 
 
 def plan_of(vllm_config: VllmConfig) -> KVPlan | None:
@@ -128,12 +124,18 @@ def refuse_early() -> None:
             plan = plan_of(vllm_config)
             if plan is not None and vllm_config.model_config is not None:
                 check_servable(plan, _facts(vllm_config))
-                vllm_config.cache_config.kv_cache_dtype_skip_layers += map(str, plain_layers(plan))
+                _keep_plain(plan, vllm_config.cache_config.kv_cache_dtype_skip_layers)
+                report_capacity()
         except RefusedConfiguration:
             _print_refusals_in_one_line()
             raise
 
     platform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def _keep_plain(plan: KVPlan, skip_layers: list[str]) -> None:
+    """Adds a plan's plain layers to vLLM's list, once however often vLLM checks a configuration."""
+    skip_layers.extend(str(index) for index in plain_layers(plan) if str(index) not in skip_layers)
 
 
 def _facts(vllm_config: VllmConfig) -> EngineFacts:
@@ -190,6 +192,7 @@ def route_attention() -> None:
     platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
 
 
+@cache
 def _give_pages_their_true_size() -> None:
     """Makes a compressed layer's cache spec count the bytes that its format stores.
 
@@ -201,8 +204,6 @@ def _give_pages_their_true_size() -> None:
     from vllm.model_executor.layers.attention.attention import Attention
 
     original = Attention.get_kv_cache_spec
-    if hasattr(original, "__wrapped__"):
-        return
 
     def get_kv_cache_spec(self: Any, vllm_config: VllmConfig) -> Any:
         spec = original(self, vllm_config)
@@ -216,12 +217,15 @@ def _give_pages_their_true_size() -> None:
         slot_bytes = layer_format(plan_of(vllm_config), self.layer_name).slot_bytes(self.head_size)
         return replace(spec, head_size=slot_bytes // 2, head_size_v=slot_bytes // 2, dtype=torch.uint8)
 
-    get_kv_cache_spec.__wrapped__ = original
     Attention.get_kv_cache_spec = get_kv_cache_spec
 
 
+@cache
 def report_capacity() -> None:
     """Sends the capacity of the uncompressed cache from the engine core to the front end, where metrics are.
+
+    Installed in the engine core's process, which has its module loaded when it loads plugins, and in a front
+    end that has chosen one of our formats; workers need not import the engine for it.
 
     Patched: `vllm.v1.engine.core.get_kv_cache_configs`, the one place that sees all layers' specs and the
     memory; `EngineCoreReadyResponse` in the same module, the message that already carries vLLM's own
@@ -297,6 +301,4 @@ def _uncompressed(spec: Any, layer_name: str, plan: KVPlan, vllm_config: VllmCon
         return spec
     fmt = layer_format(plan, layer_name)
     head_dim = next(dim for dim in HEAD_DIMS if fmt.slot_bytes(dim) == 2 * spec.head_size)
-    return dataclasses.replace(
-        spec, head_size=head_dim, head_size_v=head_dim, dtype=vllm_config.model_config.dtype
-    )
+    return replace(spec, head_size=head_dim, head_size_v=head_dim, dtype=vllm_config.model_config.dtype)

@@ -1,12 +1,12 @@
 """Attention on vLLM's CPU platform, served from compressed pages through the torch reference.
 
-vLLM calls a layer twice a step: `do_kv_cache_update` encodes the new tokens into their pages, then `forward`
-attends over the pages, those of the step's own tokens included (every query reads every key and value as the
-cache stores them). One call covers all sequences of the batch, prefill chunks and decodes mixed. The pages are
-all that is kept between steps.
+vLLM calls a layer twice a step: `do_kv_cache_update` encodes the new tokens into their pages, then
+`forward` attends over the pages, those of the step's own tokens included (every query reads every key and
+value as the cache stores them). One call covers all sequences of the batch, prefill chunks and decodes
+mixed. The pages are all that is kept between steps.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar
 
@@ -24,6 +24,7 @@ from vllm.v1.attention.backend import (
 
 from turboquant_kernels.codec import Codec
 from turboquant_kernels.decode.reference import paged_attention
+from turboquant_kernels.decode.tiles import Tiles, tile_batch
 from turboquant_kernels.formats import HEAD_DIMS, PAGE_TOKENS, KVFormat
 from turboquant_kernels.store.reference import store
 from turboquant_runtime.adapters.vllm_0_25 import layer_format, plan_of
@@ -91,6 +92,13 @@ class CompressedCPUMetadata(AttentionMetadata):
     """int32 [num_seqs]: each sequence's length, its new tokens included."""
     block_table: torch.Tensor
     """int32 [num_seqs, max_blocks]: the blocks that hold each sequence, in order."""
+    _tiles: dict[int | None, list[Tiles]] = field(default_factory=dict)
+
+    def tiles(self, window: int | None) -> list[Tiles]:
+        """How the attention cuts this batch; the layers with the same sliding window share it."""
+        if window not in self._tiles:
+            self._tiles[window] = tile_batch(self.query_start_loc, self.seq_lens, window)
+        return self._tiles[window]
 
 
 class CompressedCPUMetadataBuilder(AttentionMetadataBuilder[CompressedCPUMetadata]):
@@ -190,9 +198,10 @@ class CompressedCPUImpl(AttentionImpl):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attends over the pages; key and value are there already. query and output [tokens, heads, head_dim].
+        """Attends over the pages, in which key and value are already, and fills `output`.
 
-        Without metadata vLLM measures memory before there is a cache: the output is zero.
+        query, output [num_tokens, heads, head_dim]; rows beyond the batch's tokens are padding. Without
+        metadata vLLM measures memory before there is a cache: the output is zero.
         """
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("quantized attention output is not supported on compressed pages")
@@ -211,10 +220,11 @@ class CompressedCPUImpl(AttentionImpl):
             soft_cap=self.logits_soft_cap,
             sinks=self.sinks,
             out=output[:tokens],
+            tiles=attn_metadata.tiles(self.sliding_window),
         )
         return output
 
     def _layer_codec(self, layer: Any) -> Codec:
-        """The codec of the layer whose pages these are: with cross-layer sharing, the one that writes them."""
+        """The codec of the layer that writes these pages: with cross-layer sharing not this one."""
         name = self.kv_sharing_target_layer_name or layer.layer_name
         return _codec(layer_format(self._plan, name), self.head_size, self._plan.seed)

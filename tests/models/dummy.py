@@ -1,0 +1,45 @@
+"""Writes model folders without weights: a config and a tokenizer of a few words.
+
+An engine started on one with `load_format="dummy"` has random weights, which is all that tests of capacity,
+scheduling and metrics need, and starts in seconds.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "dtype": "bfloat16",
+    "vocab_size": 128,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+"""Llama's shape, small: attention over all tokens in every layer, two query heads to a KV head."""
+
+
+def write_llama(folder: Path, **overrides: Any) -> Path:
+    """Writes config.json and a tokenizer into `folder`; `overrides` replace entries of `LLAMA`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = LLAMA | overrides
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    words = {f"w{index}": index for index in range(config["vocab_size"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w2").save_pretrained(folder)
+    return folder
