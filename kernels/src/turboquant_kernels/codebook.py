@@ -10,8 +10,8 @@ Lloyd-Max quantizer of that density whose levels lie on the grid
     level = step * (c + 1/2),   c an int8
 
 The half makes the grid symmetric: the complement ~c of a byte is the negated level. So integer tensor cores
-read c as it is, the half enters once by the sum of the other operand, and signs cost one XOR. Up to 4 bits
-the grid costs less than 0.1% of the error, at 6 bits 3%; at 8 bits all 256 grid points are levels.
+read c as it is, the half enters once by the sum of the other operand, and signs cost one XOR. The grid costs
+0.2% of the error at 4 bits, 0.8% at 5 and 4.4% at 6; at 8 bits all 256 grid points are levels.
 
 A code is the rank of its level minus 2**(bits - 1), in two's complement of `bits` bits: the top bit is the
 sign, ~code the negated level, and at 8 bits the code is the int8 itself.
