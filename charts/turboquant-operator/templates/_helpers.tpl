@@ -57,5 +57,6 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
   verbs: [create]
 - apiGroups: [coordination.k8s.io]
   resources: [leases]
-  verbs: [get, list, watch]
+  resourceNames: [turboquant-operator]
+  verbs: [list, watch]
 {{- end -}}
