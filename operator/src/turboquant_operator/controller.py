@@ -174,6 +174,7 @@ class Controller:
             model=planned.facts.to_status(planned.revision) if planned.facts else None,
             deployment=deployment,
             pods=pods,
+            mount_failures=children.mount_failures(),
             measured_tokens=await self._measure(key, deployment, pods),
             refusal=refusal,
         )

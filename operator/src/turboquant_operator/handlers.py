@@ -15,7 +15,7 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 from turboquant_operator.api import GROUP, PLURAL, VERSION
-from turboquant_operator.builders.metadata import INSTANCE, MANAGED_BY, MANAGER, Manifest
+from turboquant_operator.builders.metadata import INSTANCE, MANAGED_BY, MANAGER, Manifest, object_of_pod
 from turboquant_operator.controller import Controller, Key
 from turboquant_operator.kube import Kube
 from turboquant_operator.lease import LEASE_NAME, Heartbeat
@@ -35,6 +35,7 @@ CHILDREN = (
     ("", "v1", "persistentvolumeclaims"),
     ("policy", "v1", "poddisruptionbudgets"),
 )
+EVENTS = ("", "v1", "events")
 LEASES = ("coordination.k8s.io", "v1", "leases")
 
 
@@ -99,6 +100,8 @@ def configure(settings: kopf.OperatorSettings) -> None:
     # Of the children only the operator's own cross the wire, and of all Leases only the heartbeat.
     for kind in CHILDREN:
         settings.watching.label_selectors[kind] = f"{MANAGED_BY}={MANAGER}"
+    # A volume that cannot be mounted is told by an Event alone.
+    settings.watching.field_selectors[EVENTS] = "involvedObject.kind=Pod,reason=FailedMount"
     settings.watching.field_selectors[LEASES] = f"metadata.name={LEASE_NAME}"
     # A watch ends by itself now and then, and a request that hangs fails before its caller is missed.
     settings.watching.server_timeout = 300
@@ -140,12 +143,17 @@ async def children(body: kopf.Body, **_: Any) -> dict[Key, Manifest]:
     return {object_of(body): lean(body)}
 
 
-for _kind in CHILDREN:
+for _kind in (*CHILDREN, EVENTS):
     kopf.index(*_kind)(children)
 
 
 def object_of(child: kopf.Body) -> Key:
-    """The object whose child this is, by its instance label: pods are owned by a ReplicaSet in between."""
+    """The object whose child this is, by its instance label: pods are owned by a ReplicaSet in between.
+
+    An Event belongs to the object of the pod that it is about.
+    """
+    if child["kind"] == "Event":
+        return child["metadata"]["namespace"], object_of_pod(child["involvedObject"]["name"])
     return child["metadata"]["namespace"], child["metadata"].get("labels", {}).get(INSTANCE, "")
 
 
@@ -166,7 +174,7 @@ async def child_changed(body: kopf.Body, memo: kopf.Memo, **_: Any) -> None:
     memo.queue.add(object_of(body))
 
 
-for _kind in CHILDREN:
+for _kind in (*CHILDREN, EVENTS):
     kopf.on.event(*_kind)(child_changed)
 
 

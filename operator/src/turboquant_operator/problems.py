@@ -46,9 +46,14 @@ class Problem:
     message: str
 
 
-def deployment_problem(deployment: Manifest, pods: Iterable[Manifest]) -> Problem | None:
-    """The most telling problem of a Deployment and its pods, None where all goes its way."""
-    found = [problem for pod in pods if (problem := pod_problem(pod))]
+def deployment_problem(
+    deployment: Manifest, pods: Iterable[Manifest], mount_failures: Mapping[str, str]
+) -> Problem | None:
+    """The most telling problem of a Deployment and its pods, None where all goes its way.
+
+    `mount_failures`: what the kubelet says of volumes, by the uid of the pod.
+    """
+    found = [problem for pod in pods if (problem := pod_problem(pod, mount_failures))]
     found.sort(key=_rank)
     conditions = {c["type"]: c for c in deployment.get("status", {}).get("conditions", ())}
     refused = conditions.get("ReplicaFailure", {})
@@ -67,15 +72,19 @@ def _rank(problem: Problem) -> tuple[int, str, str]:
     return place, problem.reason, problem.message
 
 
-def pod_problem(pod: Manifest) -> Problem | None:
+def pod_problem(pod: Manifest, mount_failures: Mapping[str, str]) -> Problem | None:
     """What is wrong with one pod; None for one that runs, is on its way, or is going."""
     status = pod.get("status", {})
     if pod["metadata"].get("deletionTimestamp") or status.get("phase") in ("Succeeded", "Failed"):
         return None  # On its way out: the ReplicaSet has replaced it.
+    name, mount_failure = pod["metadata"]["name"], mount_failures.get(pod["metadata"]["uid"])
     for container in (*status.get("initContainerStatuses", ()), *status.get("containerStatuses", ())):
-        problem = _container_problem(pod["metadata"]["name"], container)
+        problem = _container_problem(name, container)
         if problem:
             return problem
+        waits_for_volumes = container.get("state", {}).get("waiting", {}).get("reason") == "ContainerCreating"
+        if waits_for_volumes and mount_failure:
+            return Problem("FailedMount", f"Pod {name}: {mount_failure}")
     conditions: dict[str, Manifest] = {c["type"]: c for c in status.get("conditions", ())}
     scheduled = conditions.get("PodScheduled", {})
     if scheduled.get("status") == "False" and scheduled.get("reason") == "Unschedulable":

@@ -56,6 +56,12 @@ class Children:
             if kind == "Pod" and manifest["metadata"].get("labels", {}).get(COMPONENT) == ENGINE
         )
 
+    def mount_failures(self) -> dict[str, str]:
+        """The last complaint about a volume, by the pod's uid."""
+        events = [manifest for (kind, _), manifest in self.by_name.items() if kind == "Event"]
+        events.sort(key=lambda event: event.get("lastTimestamp") or event["metadata"]["creationTimestamp"])
+        return {event["involvedObject"].get("uid", ""): event.get("message", "") for event in events}
+
 
 @dataclass(frozen=True)
 class Images:
@@ -174,7 +180,7 @@ def waiting_for_inspection(owner: Identity, children: Children, source: str) -> 
     if phase == "Failed":
         why = _last_words(pod) or pod["status"].get("message", "it gave no reason")
         return unknown("ModelInspectionFailed", f"The model could not be read: {why}")
-    problem = pod_problem(pod)
+    problem = pod_problem(pod, children.mount_failures())
     if problem is not None:
         return unknown(problem.reason, f"Reading the model's configuration: {problem.message}")
     return unknown("InspectingModel", f"Pod {pod['metadata']['name']} reads the model's configuration.")

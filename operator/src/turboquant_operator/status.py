@@ -39,6 +39,8 @@ class Seen:
     deployment: Manifest | None = None
     pods: tuple[Manifest, ...] = ()
     """The engine's pods, of this and of earlier plans."""
+    mount_failures: Mapping[str, str] = field(default_factory=dict)
+    """What the kubelet says of volumes, by the uid of the pod."""
     measured_tokens: tuple[int, ...] = ()
     """Capacity that each ready pod of the present plan reports."""
     refusal: Problem | None = None
@@ -216,7 +218,9 @@ def _judge(conditions: _Conditions, spec: TurboQuantDeploymentSpec, seen: Seen, 
         reason = "AcceptedWithWarning" if warnings else "Accepted"
         conditions.set("Accepted", "True", reason, " ".join(warnings))
         _judge_plan(conditions, outcome)
-    problem = deployment_problem(seen.deployment, seen.pods) if seen.deployment is not None else None
+    problem = None
+    if seen.deployment is not None:
+        problem = deployment_problem(seen.deployment, seen.pods, seen.mount_failures)
     _judge_rollout(conditions, spec, rollout, problem, startable=accepted and isinstance(outcome, Plan))
     _judge_ready(conditions, spec, rollout, problem)
 

@@ -19,6 +19,8 @@ PLAN_HASH = f"{GROUP}/plan-hash"
 MANIFEST_HASH = f"{GROUP}/manifest-hash"
 """Annotation of a child: the digest of what was applied, by which an unchanged child is not applied again."""
 
+_INSPECT = "-inspect"
+
 Manifest = dict[str, Any]
 
 
@@ -29,7 +31,14 @@ def plan_config_map_name(name: str) -> str:
 
 def inspection_pod_name(name: str) -> str:
     """The pod that reads an object's model."""
-    return f"{name}-inspect"
+    return name + _INSPECT
+
+
+def object_of_pod(pod: str) -> str:
+    """The name of the object whose pod has this name; of any other pod, a name that no object has."""
+    inspected = pod.removesuffix(_INSPECT)
+    # The Deployment's name, the ReplicaSet's hash, five characters of the pod's own.
+    return inspected if inspected != pod else pod.rsplit("-", 2)[0]
 
 
 def selector(name: str) -> dict[str, str]:
