@@ -1,0 +1,152 @@
+"""Engines for the tests: real vLLM engines inside the test process, each started once a session.
+
+vLLM's settings are read when it is first imported, so they are set here, before any test module is. Engines
+run in this process (no engine-core process, no worker process): a start costs seconds, and tests can look at
+the real cache tensors and logits. What only a server shows is tested on one (`test_server.py`).
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+os.environ.update(
+    {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TORCHDYNAMO_DISABLE": "1",
+    }
+)
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+
+MEBIBYTE = 1 << 20
+
+
+class Engine:
+    """One vLLM engine, with the few handles on its inside that the tests need."""
+
+    def __init__(self, model: Path, kv_cache_dtype: str, **arguments: Any) -> None:
+        from vllm import LLM
+
+        self.llm = LLM(
+            **{
+                "model": str(model),
+                "kv_cache_dtype": kv_cache_dtype,
+                "enforce_eager": True,
+                "distributed_executor_backend": "uni",
+                "disable_log_stats": False,
+                "max_num_seqs": 16,
+                "seed": 0,
+            }
+            | arguments
+        )
+        core = self.llm.llm_engine.engine_core.engine_core
+        self.config = self.llm.llm_engine.vllm_config
+        self.scheduler = core.scheduler
+        self.runner = core.model_executor.driver_worker.worker.model_runner
+
+    @property
+    def capacity_tokens(self) -> int:
+        return self.config.cache_config.kv_cache_size_tokens
+
+    @property
+    def kv_tensors(self) -> dict[str, Any]:
+        """The cache tensor of each attention layer, by the layer's name."""
+        layers = self.config.compilation_config.static_forward_context
+        return {name: layers[name].kv_cache for name in self.layer_names}
+
+    @property
+    def layer_names(self) -> list[str]:
+        return [name for group in self.runner.kv_cache_config.kv_cache_groups for name in group.layer_names]
+
+    def generate(self, prompts: list[list[int]], max_tokens: int, **sampling: Any) -> list[Any]:
+        """Greedy completions of token-id prompts, all submitted at once: vLLM's RequestOutput each."""
+        from vllm import SamplingParams
+
+        parameters = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, **sampling)
+        return self.llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False
+        )
+
+    def forget(self) -> None:
+        """Empties the prefix cache: the next request is fresh."""
+        assert self.llm.reset_prefix_cache()
+
+    def prompt_logits(self, tokens: list[int]) -> Any:
+        """Logits after each of the tokens, float32 [len(tokens), vocab], from one fresh request."""
+        import torch
+
+        compute, seen = self.runner.model.compute_logits, []
+
+        def record(hidden_states: Any, *args: Any) -> Any:
+            logits = compute(hidden_states, *args)
+            seen.append(logits.float())
+            return logits
+
+        self.forget()
+        self.runner.model.compute_logits = record
+        try:
+            self.generate([tokens], max_tokens=1, prompt_logprobs=0)
+        finally:
+            del self.runner.model.compute_logits
+        # vLLM computes each chunk's prompt logits (all but the last token's) and the sampled token's apart.
+        sampled, *chunks = sorted(seen, key=len)
+        return torch.cat([*chunks, sampled])
+
+
+@pytest.fixture(scope="session")
+def start_engine() -> Iterator[Callable[..., Engine]]:
+    """Starts an engine, or gives the one that was started with the same arguments."""
+    engines: dict[str, Engine] = {}
+
+    def start(model: Path, kv_cache_dtype: str, **arguments: Any) -> Engine:
+        key = repr((str(model), kv_cache_dtype, sorted(arguments.items())))
+        if key not in engines:
+            engines[key] = Engine(model, kv_cache_dtype, **arguments)
+        return engines[key]
+
+    yield start
+    engines.clear()
+
+
+@pytest.fixture(scope="session")
+def gemma() -> Path:
+    """Gemma-3-270m: pretrained, head_dim 256, five sliding-window layers to one with full attention."""
+    from models.fetch import MODELS, fetch
+
+    return fetch(MODELS["gemma-3-270m"])
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes a model folder of Llama's shape without weights; arguments replace entries of its config."""
+    from models.dummy import write_llama
+
+    def make(**overrides: Any) -> Path:
+        return write_llama(tmp_path_factory.mktemp("llama"), **overrides)
+
+    return make
+
+
+@pytest.fixture
+def facts() -> SimpleNamespace:
+    """A model that can be served, as keyword arguments of `EngineFacts`."""
+    return SimpleNamespace(
+        device="cpu",
+        num_layers=4,
+        head_dim=128,
+        block_size=128,
+        mla=False,
+        encoder_decoder=False,
+        hybrid=False,
+        chunked_local_attention=False,
+        bidirectional_images=False,
+        kv_connector=False,
+    )

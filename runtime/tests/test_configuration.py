@@ -1,0 +1,96 @@
+"""From the user's words to a KV plan, or to a refusal in one line that names a way out."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from turboquant_kernels.formats import KVFormat
+from turboquant_kernels.plans import KVPlan
+from turboquant_runtime.configuration import (
+    EngineFacts,
+    RefusedConfiguration,
+    check_servable,
+    plain_layers,
+    requested_plan,
+)
+
+K5V3 = {"key_bits": 5, "value_bits": 3}
+BF16 = {"key_bits": 16, "value_bits": 16, "encoding": "plain"}
+
+
+def document(*layers: dict, **fields: object) -> dict:
+    return {"turboquant": {"version": 1, "seed": 7, "layers": list(layers)} | fields}
+
+
+def test_a_format_name_is_a_uniform_plan() -> None:
+    assert requested_plan("tq-k4v4", {}, 3) == KVPlan.uniform(KVFormat(4, 4), 3)
+
+
+def test_other_cache_dtypes_are_not_ours() -> None:
+    assert requested_plan("auto", {}, 3) is None
+    assert requested_plan("fp8", {"another_plugin": {}}, 3) is None
+
+
+def test_a_plan_overrides_the_format_and_sets_the_seed() -> None:
+    plan = requested_plan("tq-k4v4", document(K5V3, BF16), 2)
+    assert plan is not None
+    assert plan.layers[0] == KVFormat(5, 3)
+    assert plan.seed == 7
+    assert plain_layers(plan) == (1,)
+
+
+@pytest.mark.parametrize(
+    ("cache_dtype", "additional_config", "says"),
+    [
+        ("auto", document(K5V3), "add --kv-cache-dtype tq-k4v4"),
+        ("tq-k4v4", document(K5V3), "1 layers, but the model has 2 attention layers"),
+        ("tq-k4v4", document(K5V3, {"key_bits": 7, "value_bits": 4}), "layers[1]: key_bits 7"),
+        ("tq-k4v4", document(K5V3, K5V3, version=2), "version is 2"),
+        ("tq-k4v4", {"turboquant": "plan.json"}, "not an object"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused(cache_dtype: str, additional_config: dict, says: str) -> None:
+    with pytest.raises(RefusedConfiguration) as refusal:
+        requested_plan(cache_dtype, additional_config, 2)
+    assert says in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_every_format_can_be_served_on_the_cpu(facts: SimpleNamespace) -> None:
+    check_servable(KVPlan.uniform(KVFormat(4, 4), 4), EngineFacts(**vars(facts)))
+
+
+@pytest.mark.parametrize(
+    ("fact", "value", "says"),
+    [
+        ("device", "cuda", "CPU platform only"),
+        ("mla", True, "MLA"),
+        ("encoder_decoder", True, "encoder-decoder"),
+        ("hybrid", True, "hybrid"),
+        ("chunked_local_attention", True, "chunked local attention"),
+        ("kv_connector", True, "KV connectors"),
+        ("bidirectional_images", True, "--limit-mm-per-prompt"),
+        ("block_size", 24, "multiple of 16"),
+        ("head_dim", 72, "head_dim 72"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(
+    facts: SimpleNamespace, fact: str, value: object, says: str
+) -> None:
+    setattr(facts, fact, value)
+    with pytest.raises(RefusedConfiguration) as refusal:
+        check_servable(KVPlan.uniform(KVFormat(4, 4), 4), EngineFacts(**vars(facts)))
+    assert says in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_anchors_are_refused_until_they_exist(facts: SimpleNamespace) -> None:
+    plan = KVPlan((KVFormat(4, 4), KVFormat(4, 4, anchor=True)))
+    with pytest.raises(RefusedConfiguration, match=r"layers\[1\] has an anchor"):
+        check_servable(plan, EngineFacts(**vars(facts)))
+
+
+def test_fp8_layers_beside_compressed_ones_are_refused(facts: SimpleNamespace) -> None:
+    plan = KVPlan((KVFormat(4, 4), KVFormat.parse("fp8")))
+    with pytest.raises(RefusedConfiguration, match=r"layers\[1\] is fp8"):
+        check_servable(plan, EngineFacts(**vars(facts)))

@@ -1,0 +1,45 @@
+"""Loading: the right adapter for the installed vLLM, none for a version that is not known."""
+
+import sys
+from types import ModuleType
+
+import pytest
+
+from turboquant_runtime import plugin
+
+
+@pytest.fixture
+def vllm_version(monkeypatch: pytest.MonkeyPatch):
+    def pretend(version: str) -> None:
+        module = ModuleType("vllm.version")
+        module.__version__ = version
+        monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+        monkeypatch.setitem(sys.modules, "vllm.version", module)
+
+    return pretend
+
+
+def test_an_unsupported_version_is_left_alone_with_a_warning(
+    vllm_version, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vllm_version("0.32.0")
+    monkeypatch.setattr(plugin.importlib, "import_module", lambda name: pytest.fail(f"imported {name}"))
+    warnings = []
+    monkeypatch.setattr(plugin.logger, "warning", lambda text, *values: warnings.append(text % values))
+    plugin.register()
+    (warning,) = warnings
+    assert "0.32.0" in warning
+    assert "0.25.1" in warning
+
+
+@pytest.mark.parametrize("version", ["0.25.1", "0.25.1+cpu"])
+def test_a_supported_version_gets_its_adapter(
+    vllm_version, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    vllm_version(version)
+    adapter = ModuleType("adapter")
+    calls = []
+    adapter.install = lambda: calls.append("installed")
+    monkeypatch.setattr(plugin.importlib, "import_module", {plugin.ADAPTERS["0.25.1"]: adapter}.__getitem__)
+    plugin.register()
+    assert calls == ["installed"]
