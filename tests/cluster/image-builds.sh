@@ -1,19 +1,16 @@
-# Building images with buildah, and the folder that finished ones are kept in. Sourced by `base-image`,
-# `build-image` and `load-image`, after lib.sh.
+# Building images with buildah. Sourced by `base-image`, `build-image` and `load-image`, after lib.sh.
 # shellcheck shell=bash
 
-LAYOUT=$CACHE_DIR/images # an OCI image layout: what images share is stored once
+BUILDAH_STORAGE=$CACHE_DIR/buildah
 
 # run_buildah ARGUMENTS...: with its storage in the cache, so that a changed source file does not install the
 # dependencies anew; in namespaces of its own, so that ending it ends the commands that it runs and leaves no mount.
 run_buildah() {
-  local storage=$CACHE_DIR/buildah driver=overlay
-  mkdir -p "$storage/run"
-  [ "$(stat --file-system --format %T "$storage")" != overlayfs ] || driver=vfs # no overlay over an overlay
+  mkdir -p "$BUILDAH_STORAGE/run"
   # shellcheck disable=SC2016  # expanded by the inner shell
   unshare --mount --pid --fork --kill-child --mount-proc \
-    bash -c 'mount -t tmpfs tmpfs "$1/run" && exec buildah --root "$1" --runroot "$1/run" --storage-driver "$2" "${@:3}"' \
-    - "$storage" "$driver" "$@"
+    bash -c 'mount -t tmpfs tmpfs "$1/run" && exec buildah --root "$1" --runroot "$1/run" --storage-driver overlay "${@:2}"' \
+    - "$BUILDAH_STORAGE" "$@"
 }
 
 # build CONTEXT DOCKERFILE NAME ARGUMENTS...
@@ -21,16 +18,8 @@ build() {
   run_buildah bud --isolation chroot --pull-never --layers --file "$2" --tag "$3" "${@:4}" "$1"
 }
 
-# in_layout NAME: whether the finished image is there.
-in_layout() { grep -qsF "\"$1\"" "$LAYOUT/index.json"; }
-
-# publish NAME: copy a built image into LAYOUT, uncompressed: it is unpacked on this same machine.
-publish() {
-  exec {publishing}>"$CACHE_DIR/locks/images"
-  flock "$publishing" # two at once would lose one's entry in the index
-  run_buildah push --disable-compression --format oci "$1" "oci:$LAYOUT:$1"
-  exec {publishing}>&-
-}
+# is_built NAME
+is_built() { grep -qsF "\"$1\"" "$BUILDAH_STORAGE/overlay-images/images.json"; }
 
 # once KEY COMMAND...: run COMMAND with an empty folder as its last argument, alone for KEY.
 once() {
