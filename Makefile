@@ -32,8 +32,9 @@ requirements: ## compile the pins with hashes from requirements/*.in
 	  uv pip compile --quiet --generate-hashes --no-emit-index-url --python-version 3.11 --python-platform x86_64-manylinux_2_34 \
 	    --override requirements/overrides.txt $$f -o $${f%.in}.txt; done
 
-generate: dev ## write the CRD in crds/ and in the chart from the API types
+generate: dev ## write the CRD in crds/ and in the chart, and the tables of docs/api.md, from the API types
 	$(BIN)/python -m turboquant_operator.api.crd
+	$(BIN)/python -m turboquant_operator.api.reference
 
 lint: dev ## formatter, linter, types, import contracts
 	$(BIN)/ruff format --check . && $(BIN)/ruff check .
