@@ -85,10 +85,8 @@ def _check_layers(spec: TurboQuantDeploymentSpec, facts: ModelFacts, kv_plan: KV
             f"The KV plan has {len(kv_plan.layers)} layers and {facts.architecture} has {facts.layers}: "
             "make a plan for this model.",
         )
-    if kv_plan is not None and any(fmt.anchor for fmt in kv_plan.layers):
-        return refused(
-            "FormatNotYetSupported", "The KV plan has key anchors, which this release cannot serve yet."
-        )
+    if kv_plan is not None and (problem := _check_plan(kv_plan)):
+        return problem
     wanted = kv_plan.layers if kv_plan else _named_formats(spec)
     if facts.head_dim not in HEAD_DIMS and any(fmt.compressed for fmt in wanted):
         return refused(
@@ -96,6 +94,23 @@ def _check_layers(spec: TurboQuantDeploymentSpec, facts: ModelFacts, kv_plan: KV
             f"The compressed formats store heads of {', '.join(map(str, HEAD_DIMS))} elements and "
             f"{facts.architecture} has {facts.head_dim}: use kvCache.format bf16, fp8 or auto.",
         )
+    return None
+
+
+def _check_plan(kv_plan: KVPlan) -> NoPlan | None:
+    """What the engine would refuse of a plan's layers."""
+    if any(fmt.anchor for fmt in kv_plan.layers):
+        return refused(
+            "FormatNotYetSupported", "The KV plan has key anchors, which this release cannot serve yet."
+        )
+    if FP8 in kv_plan.layers:
+        return refused(
+            "FormatNotYetSupported",
+            "The KV plan has fp8 layers, which cannot stand beside compressed ones: give them a compressed "
+            "format, or 16 bits for both to keep the model's own dtype.",
+        )
+    if not any(fmt.compressed for fmt in kv_plan.layers):
+        return refused("InvalidKVPlan", "The KV plan compresses no layer: use kvCache.format bf16 instead.")
     return None
 
 
@@ -154,8 +169,9 @@ def _choices(
 
 
 def _most_common(kv_plan: KVPlan) -> KVFormat:
-    """The uniform format that `--kv-cache-dtype` names beside a plan of layers."""
-    return max(kv_plan.layers, key=lambda fmt: (kv_plan.layers.count(fmt), fmt.key_bits, fmt.value_bits))
+    """The compressed format that `--kv-cache-dtype` names beside a plan of layers."""
+    compressed = [fmt for fmt in kv_plan.layers if fmt.compressed]
+    return max(compressed, key=lambda fmt: (compressed.count(fmt), fmt.key_bits, fmt.value_bits))
 
 
 def _tensor_sizes(

@@ -7,6 +7,9 @@ and nothing that only explains it: neither replicas nor reasons nor predictions,
 
 import hashlib
 import json
+from functools import partial
+
+from pydantic import BaseModel
 
 from turboquant_kernels.plans import KVPlan
 from turboquant_operator.api.schema import parse_quantity
@@ -25,19 +28,21 @@ def plan_hash(
     revision: str,
 ) -> str:
     """Hexadecimal digest of the canonical JSON of everything that the engine is started with."""
+    # Without defaults: a field that a later release adds must not roll engines that do not use it.
+    dump = partial(BaseModel.model_dump, mode="json", by_alias=True, exclude_defaults=True)
     memory = spec.kv_cache.memory
     document = {
         "accelerator": accelerator,
         "contextLength": chosen.context_length,
-        "engine": spec.engine.model_dump(mode="json", by_alias=True),
+        "engine": dump(spec.engine),
         "format": chosen.choice.name,
         "kvPlan": kv_plan.to_dict() if kv_plan else None,
         "memory": None if memory is None else parse_quantity(memory),
-        "model": spec.model.model_dump(mode="json", by_alias=True, exclude={"architecture"}),
+        "model": dump(spec.model, exclude={"architecture"}),
         "pipeline": chosen.pipeline,
-        "pod": spec.pod.model_dump(mode="json", by_alias=True),
+        "pod": dump(spec.pod),
         "revision": revision,
-        "service": spec.service.model_dump(mode="json", by_alias=True, include={"api_key_secret_ref"}),
+        "service": dump(spec.service, include={"api_key_secret_ref"}),
         "skipLayers": sorted(spec.kv_cache.skip_layers),
         "tensor": chosen.tensor,
     }

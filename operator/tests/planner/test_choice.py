@@ -1,0 +1,318 @@
+"""What is chosen, and what is answered where nothing can be."""
+
+import pytest
+
+from turboquant_kernels.formats import BF16, FP8, KVFormat
+from turboquant_kernels.plans import KVPlan
+from turboquant_operator.api.status import Plan
+from turboquant_operator.planner import NoPlan, make_plan
+from turboquant_operator.planner.accelerators import NodeGPUs
+
+
+def planned(spec, facts, **more) -> Plan:
+    answer = make_plan(spec, facts, **more)
+    assert isinstance(answer, Plan), answer
+    return answer
+
+
+def refusal(spec, facts, **more) -> NoPlan:
+    answer = make_plan(spec, facts, **more)
+    assert isinstance(answer, NoPlan), answer
+    return answer
+
+
+class TestFormat:
+    def test_auto_takes_the_best_tier_where_memory_suffices(self, spec, facts):
+        assert planned(spec(), facts("llama-3.1-8b")).format == "tq-k8v4"
+
+    def test_auto_goes_down_a_tier_before_it_takes_a_second_gpu(self, spec, facts):
+        plan = planned(spec(capacity={"concurrentSequences": 12}), facts("llama-3.1-8b"))
+        assert (plan.format, plan.tensor_parallel_size) == ("tq-k5v3", 1)
+        assert any("tq-k8v4 holds 8 such sequences" in reason for reason in plan.reasons)
+
+    def test_auto_takes_a_second_gpu_rather_than_a_tier_below_the_allowed(self, spec, facts):
+        plan = planned(spec(capacity={"concurrentSequences": 16}), facts("llama-3.1-8b"))
+        assert (plan.format, plan.tensor_parallel_size) == ("tq-k8v4", 2)
+
+    def test_auto_uses_the_lowest_tier_where_it_is_allowed(self, spec, facts):
+        plan = planned(
+            spec(capacity={"concurrentSequences": 16}, kvCache={"quality": "max-capacity"}),
+            facts("llama-3.1-8b"),
+        )
+        assert (plan.format, plan.tensor_parallel_size) == ("tq-k4v2", 1)
+
+    def test_auto_never_goes_below_near_lossless_where_that_is_asked(self, spec, facts):
+        plan = planned(
+            spec(capacity={"concurrentSequences": 12}, kvCache={"quality": "near-lossless"}),
+            facts("llama-3.1-8b"),
+        )
+        assert (plan.format, plan.tensor_parallel_size) == ("tq-k8v4", 2)
+
+    @pytest.mark.parametrize("name", ["bf16", "fp8", "tq-k4v4", "tq-k3v4-prod"])
+    def test_a_named_format_is_obeyed(self, spec, facts, name):
+        fmt = KVFormat.parse(name)
+        plan = planned(spec(kvCache={"format": name}), facts("llama-3.1-8b"))
+        assert (plan.format, plan.key_bits, plan.value_bits) == (name, fmt.key_bits, fmt.value_bits)
+
+    def test_auto_keeps_key_bias_models_in_their_own_dtype_and_says_why(self, spec, facts):
+        plan = planned(spec(), facts("qwen2.5-7b"))
+        assert plan.format == "bf16"
+        assert plan.predicted_tokens == plan.baseline_tokens
+        assert "bias to its keys" in plan.reasons[0]
+
+    def test_a_named_format_on_a_key_bias_model_is_obeyed_with_a_warning(self, spec, facts):
+        plan = planned(spec(kvCache={"format": "tq-k4v4"}), facts("qwen2.5-7b"))
+        assert plan.format == "tq-k4v4"
+        assert any(reason.startswith("Warning:") for reason in plan.reasons)
+
+    def test_no_warning_without_a_key_bias(self, spec, facts):
+        plan = planned(spec(kvCache={"format": "tq-k4v4"}), facts("qwen3-8b"))
+        assert not any("Warning" in reason for reason in plan.reasons)
+
+    def test_auto_leaves_a_head_dim_without_a_format_uncompressed(self, spec, facts, config):
+        from turboquant_operator.planner import read_facts
+
+        odd = read_facts({**config("llama-3.1-8b"), "head_dim": 112}, {"BF16": 16 * 10**9})
+        assert planned(spec(), odd).format == "bf16"
+        answer = refusal(spec(kvCache={"format": "tq-k4v4"}), odd)
+        assert (answer.type, answer.reason) == ("Accepted", "FormatNotYetSupported")
+
+    def test_skipped_layers_stay_in_the_models_dtype(self, spec, facts):
+        plan = planned(spec(kvCache={"format": "tq-k4v4", "skipLayers": [0, 31]}), facts("llama-3.1-8b"))
+        assert plan.kv_bytes_per_token == 30 * 8 * 132 + 2 * 8 * 512
+
+    def test_a_skipped_layer_that_does_not_exist_is_refused(self, spec, facts):
+        answer = refusal(spec(kvCache={"skipLayers": [32]}), facts("llama-3.1-8b"))
+        assert (answer.type, answer.reason) == ("Accepted", "UnknownLayer")
+
+    def test_skipped_layers_beside_sliding_windows_are_refused(self, spec, facts):
+        answer = refusal(spec(kvCache={"skipLayers": [0]}), facts("gemma-3-270m"))
+        assert (answer.type, answer.reason) == ("Accepted", "UnsupportedLayerFormats")
+
+
+class TestKVPlan:
+    def test_layers_of_a_plan_are_counted_one_by_one(self, spec, facts):
+        layers = (KVFormat(8, 4),) * 8 + (KVFormat(4, 2),) * 24
+        plan = planned(
+            spec(kvCache={"planRef": {"name": "bits"}}), facts("llama-3.1-8b"), kv_plan=KVPlan(layers)
+        )
+        assert plan.kv_bytes_per_token == 8 * (8 * 196 + 24 * 100)
+        assert (plan.format, plan.key_bits, plan.value_bits) == ("tq-k4v2", 5, 2)
+
+    def test_a_plan_for_another_model_is_refused(self, spec, facts):
+        answer = refusal(spec(), facts("llama-3.1-8b"), kv_plan=KVPlan.uniform(KVFormat(4, 4), 28))
+        assert (answer.type, answer.reason) == ("Accepted", "KVPlanMismatch")
+        assert "28 layers" in answer.message
+
+    def test_anchors_are_refused_until_they_are_served(self, spec, facts):
+        anchored = KVPlan.uniform(KVFormat(4, 4, anchor=True), 32)
+        assert refusal(spec(), facts("llama-3.1-8b"), kv_plan=anchored).reason == "FormatNotYetSupported"
+
+    def test_fp8_layers_in_a_plan_are_refused(self, spec, facts):
+        mixed = KVPlan((FP8, *(KVFormat(4, 4),) * 31))
+        assert refusal(spec(), facts("llama-3.1-8b"), kv_plan=mixed).reason == "FormatNotYetSupported"
+
+    def test_a_plan_that_compresses_nothing_is_refused(self, spec, facts):
+        plain = KVPlan.uniform(BF16, 32)
+        assert refusal(spec(), facts("llama-3.1-8b"), kv_plan=plain).reason == "InvalidKVPlan"
+
+    def test_layers_in_the_models_dtype_do_not_name_the_plan(self, spec, facts):
+        mostly_plain = KVPlan((*(BF16,) * 31, KVFormat(4, 4)))
+        assert planned(spec(), facts("llama-3.1-8b"), kv_plan=mostly_plain).format == "tq-k4v4"
+
+
+class TestTensorParallelism:
+    def test_auto_takes_the_fewest_gpus_that_hold_the_weights(self, spec, facts):
+        assert planned(spec(), facts("llama-3.1-70b")).tensor_parallel_size == 4
+
+    def test_an_explicit_size_is_obeyed(self, spec, facts):
+        plan = planned(spec(parallelism={"tensor": 4}), facts("llama-3.1-8b"))
+        assert (plan.tensor_parallel_size, plan.gpus_per_replica) == (4, 4)
+        assert plan.weight_bytes_per_gpu == 4_015_130_560
+
+    @pytest.mark.parametrize(
+        ("name", "tensor", "why"),
+        [
+            ("llama-3.1-8b", 3, "32 attention heads"),
+            ("qwen2.5-7b", 8, "28 attention heads"),
+            ("qwen2.5-7b", 7, "4 KV heads"),
+        ],
+    )
+    def test_a_size_that_does_not_divide_is_refused_with_why(self, spec, facts, name, tensor, why):
+        answer = refusal(spec(parallelism={"tensor": tensor}), facts(name))
+        assert (answer.type, answer.reason) == ("Accepted", "UnsupportedTensorParallelSize")
+        assert why in answer.message
+
+    def test_pipeline_stages_multiply_the_gpus(self, spec, facts):
+        plan = planned(spec(parallelism={"tensor": 2, "pipeline": 2}), facts("llama-3.1-70b"))
+        assert (plan.gpus_per_replica, plan.pipeline_parallel_size) == (4, 2)
+
+    def test_more_gpus_than_a_node_has_do_not_fit(self, spec, facts):
+        answer = refusal(spec(parallelism={"tensor": 16}), facts("llama-3.1-70b"))
+        assert (answer.type, answer.reason) == ("PlanFits", "TooFewGPUs")
+
+
+class TestMemory:
+    def test_cpu_holds_what_kv_cache_memory_says(self, spec, facts):
+        plan = planned(
+            spec(
+                accelerator={"type": "cpu"},
+                kvCache={"memory": "4Gi", "format": "tq-k4v4"},
+                capacity={"contextLength": 8192},
+            ),
+            facts("llama-3.1-8b"),
+        )
+        assert (plan.predicted_tokens, plan.baseline_tokens) == (126_976, 32_768)
+        assert (plan.gpus_per_replica, plan.accelerator) == (0, "cpu")
+
+    def test_cpu_needs_no_weights(self, spec, facts):
+        plan = planned(
+            spec(accelerator={"type": "cpu"}, kvCache={"memory": "1Gi"}, capacity={"contextLength": 4096}),
+            facts("qwen3-0.6b"),
+        )
+        assert plan.weight_bytes_per_gpu == 0
+
+    def test_gpu_memory_of_the_cache_overrides_utilization(self, spec, facts):
+        plan = planned(
+            spec(kvCache={"memory": "16Gi", "format": "bf16"}, capacity={"contextLength": 8192}),
+            facts("llama-3.1-8b"),
+        )
+        assert plan.predicted_tokens == 131_072
+
+    def test_cache_memory_beyond_the_gpu_does_not_fit(self, spec, facts):
+        answer = refusal(spec(kvCache={"memory": "70Gi"}, parallelism={"tensor": 1}), facts("llama-3.1-8b"))
+        assert (answer.type, answer.reason) == ("PlanFits", "InsufficientMemory")
+
+    def test_lower_utilization_holds_fewer_tokens(self, spec, facts):
+        less = planned(spec(engine={"gpuMemoryUtilizationPercent": 60}), facts("llama-3.1-8b"))
+        assert less.predicted_tokens < planned(spec(), facts("llama-3.1-8b")).predicted_tokens
+
+    def test_too_much_asked_names_the_nearest_that_fits(self, spec, facts):
+        answer = refusal(
+            spec(
+                accelerator={"type": "cpu"},
+                kvCache={"memory": "1Gi", "format": "tq-k4v4"},
+                capacity={"contextLength": 8192, "concurrentSequences": 16},
+            ),
+            facts("llama-3.1-8b"),
+        )
+        assert (answer.type, answer.status, answer.reason) == ("PlanFits", "False", "InsufficientMemory")
+        assert "lower capacity.concurrentSequences to 3" in answer.message
+        assert "raise kvCache.memory to 4229Mi" in answer.message
+
+    def test_the_memory_that_is_named_as_way_out_fits(self, spec, facts):
+        asked = {"contextLength": 8192, "concurrentSequences": 16}
+        cache = {"memory": "4229Mi", "format": "tq-k4v4"}
+        cpu = {"type": "cpu"}
+        assert planned(spec(accelerator=cpu, kvCache=cache, capacity=asked), facts("llama-3.1-8b"))
+        cache["memory"] = "4228Mi"
+        assert refusal(spec(accelerator=cpu, kvCache=cache, capacity=asked), facts("llama-3.1-8b"))
+
+    def test_a_lower_tier_that_would_fit_is_named(self, spec, facts):
+        answer = refusal(
+            spec(
+                accelerator={"type": "cpu"},
+                kvCache={"memory": "4Gi", "quality": "near-lossless"},
+                capacity={"contextLength": 8192, "concurrentSequences": 14},
+            ),
+            facts("llama-3.1-8b"),
+        )
+        assert "allow kvCache.quality balanced" in answer.message
+
+    def test_weights_that_do_not_fit_are_named(self, spec, facts):
+        answer = refusal(
+            spec(accelerator={"type": "nvidia-l4-24gb"}, parallelism={"tensor": 2}), facts("llama-3.1-70b")
+        )
+        assert answer.reason == "InsufficientMemory"
+        assert "weights take 65.71 GiB" in answer.message
+
+    def test_unknown_weights_are_asked_for(self, spec, facts):
+        answer = refusal(spec(), facts("mistral-7b-v0.3"))
+        assert (answer.status, answer.reason) == ("Unknown", "MissingModelFacts")
+        assert "model.architecture.weightBytes" in answer.message
+
+
+class TestContext:
+    def test_the_models_maximum_is_the_default(self, spec, facts):
+        assert planned(spec(), facts("llama-3.1-8b")).context_length == 131_072
+
+    def test_more_than_the_models_maximum_is_refused(self, spec, facts):
+        answer = refusal(spec(capacity={"contextLength": 200_000}), facts("llama-3.1-8b"))
+        assert (answer.type, answer.reason) == ("Accepted", "ContextTooLong")
+
+    def test_the_engines_own_permission_is_respected(self, spec, facts):
+        permitted = spec(
+            capacity={"contextLength": 200_000},
+            engine={"env": [{"name": "VLLM_ALLOW_LONG_MAX_MODEL_LEN", "value": "1"}]},
+        )
+        assert planned(permitted, facts("llama-3.1-8b")).context_length == 200_000
+
+
+class TestAccelerator:
+    H100 = NodeGPUs("NVIDIA-H100-80GB-HBM3", 8, 81_559)
+    L4 = NodeGPUs("NVIDIA-L4", 4, 23_034)
+
+    def test_auto_without_the_right_to_list_nodes_is_unknown(self, spec, facts):
+        answer = refusal(spec(accelerator={"type": "auto"}), facts("llama-3.1-8b"))
+        assert (answer.type, answer.status, answer.reason) == ("PlanFits", "Unknown", "NodesNotReadable")
+
+    def test_auto_without_labelled_gpus_is_unknown(self, spec, facts):
+        answer = refusal(spec(accelerator={"type": "auto"}), facts("llama-3.1-8b"), nodes=[])
+        assert answer.reason == "NoAcceleratorFound"
+
+    def test_an_unknown_name_is_unknown_and_near_names_are_told(self, spec, facts):
+        answer = refusal(spec(accelerator={"type": "nvidia-h100-80"}), facts("llama-3.1-8b"))
+        assert (answer.status, answer.reason) == ("Unknown", "UnknownAccelerator")
+        assert "nvidia-h100-80gb" in answer.message
+
+    def test_auto_prefers_fewer_gpus(self, spec, facts):
+        asked = spec(accelerator={"type": "auto"}, capacity={"concurrentSequences": 4})
+        plan = planned(asked, facts("llama-3.1-8b"), nodes=[self.L4, self.H100])
+        assert (plan.accelerator, plan.gpus_per_replica) == ("nvidia-h100-80gb", 1)
+
+    def test_auto_prefers_the_smaller_gpu_at_equal_numbers(self, spec, facts):
+        plan = planned(spec(accelerator={"type": "auto"}), facts("gemma-3-270m"), nodes=[self.H100, self.L4])
+        assert plan.accelerator == "nvidia-l4-24gb"
+
+    def test_auto_stays_within_the_gpus_of_a_node(self, spec, facts):
+        answer = refusal(spec(accelerator={"type": "auto"}), facts("llama-3.1-70b"), nodes=[self.L4])
+        assert answer.reason == "InsufficientMemory"
+        assert "4 GPUs of nvidia-l4-24gb" in answer.message
+
+    def test_a_gpu_that_the_catalogue_lacks_is_planned_by_its_labels(self, spec, facts):
+        plan = planned(
+            spec(accelerator={"type": "auto"}),
+            facts("llama-3.1-8b"),
+            nodes=[NodeGPUs("NVIDIA-Next-192GB", 8, 196_608)],
+        )
+        assert plan.accelerator == "nvidia-next-192gb"
+
+
+class TestReport:
+    def test_baseline_is_the_same_memory_in_the_models_dtype(self, spec, facts):
+        compressed = planned(spec(kvCache={"format": "tq-k4v4"}), facts("llama-3.1-8b"))
+        plain = planned(spec(kvCache={"format": "bf16"}), facts("llama-3.1-8b"))
+        assert compressed.baseline_tokens == plain.predicted_tokens
+        assert compressed.predicted_tokens / compressed.baseline_tokens == pytest.approx(512 / 132, rel=1e-3)
+
+    def test_alternatives_name_other_formats_and_other_sizes(self, spec, facts):
+        plan = planned(spec(), facts("llama-3.1-8b"))
+        found = {(other.format, other.tensor_parallel_size) for other in plan.alternatives}
+        assert found == {
+            ("bf16", 1),
+            ("fp8", 1),
+            ("tq-k5v3", 1),
+            ("tq-k4v2", 1),
+            ("tq-k8v4", 2),
+            ("tq-k8v4", 4),
+            ("tq-k8v4", 8),
+        }
+
+    def test_alternatives_say_whether_they_fit(self, spec, facts):
+        plan = planned(spec(capacity={"concurrentSequences": 12}), facts("llama-3.1-8b"))
+        fits = {other.format: other.fits for other in plan.alternatives if other.tensor_parallel_size == 1}
+        assert fits == {"bf16": False, "fp8": False, "tq-k8v4": False, "tq-k4v2": True}
+
+    def test_draft_models_are_said_not_to_be_counted(self, spec, facts):
+        plan = planned(spec(engine={"args": ["--speculative-config={}"]}), facts("llama-3.1-8b"))
+        assert "Memory of draft models and LoRA adapters is not counted." in plan.reasons
