@@ -77,6 +77,11 @@ def test_objects_are_read_and_their_status_written(operator: Operator) -> None:
         assert not operator.may(verb, kind, namespace=operator.watched)
 
 
+def test_events_are_watched_and_posted(operator: Operator) -> None:
+    for verb in ("list", "watch", "create"):
+        assert operator.may(verb, "events", namespace=operator.watched)
+
+
 def test_secrets_stay_unread(operator: Operator) -> None:
     for verb in ("get", "list", "watch"):
         assert not operator.may(verb, "secrets", namespace=operator.watched)

@@ -54,7 +54,7 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
   verbs: [get, list, watch, create, patch, delete]
 - apiGroups: [""]
   resources: [events]
-  verbs: [create]
+  verbs: [list, watch, create] # what the kubelet says of volumes stands in events alone
 - apiGroups: [coordination.k8s.io]
   resources: [leases]
   resourceNames: [turboquant-operator]
