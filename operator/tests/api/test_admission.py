@@ -98,6 +98,24 @@ def test_spec_and_status_are_written_apart(deployments: Deployments) -> None:
     assert (stored["spec"]["replicas"], stored["status"]["replicas"]) == (5, 6)
 
 
+def test_largest_object_stays_within_the_cost_limit_of_the_rules(deployments: Deployments) -> None:
+    many, long = range(64), "x" * 200
+    spec = {
+        "model": {"uri": f"hf://organisation/{'x' * 494}"},
+        "kvCache": {"skipLayers": list(range(256))},
+        "engine": {
+            "args": [f"--{'long-' * 101}{i:05}" for i in many],
+            "env": [{"name": f"{long}{i}", "value": long * 20} for i in many],
+        },
+        "pod": {
+            "labels": {f"example.com/label-{i}": "x" * 63 for i in many},
+            "resources": {"limits": {f"example.com/resource-{i}": 1 for i in range(32)}},
+            "imagePullSecrets": [{"name": "x" * 253} for _ in range(16)],
+        },
+    }
+    assert deployments.create(spec)
+
+
 @pytest.mark.parametrize("case", INVALID["rejected"].values(), ids=INVALID["rejected"])
 def test_invalid_object_is_rejected_with_the_field_and_the_way_out(
     case: dict[str, Any], api_client: client.ApiClient
