@@ -78,6 +78,8 @@ def _spec(
         _bad_input(f"--accelerator {accelerator!r} is not cpu or one of {', '.join(catalogue())}")
     if accelerator == CPU and memory is None:
         _bad_input("--memory is needed with --accelerator cpu: it is the cache's memory, for example 4Gi")
+    if tensor != "auto" and not (tensor.isdigit() and int(tensor)):
+        _bad_input(f"--tensor {tensor!r} is neither auto nor a number from 1 on")
     try:
         if kv_format != "auto":
             KVFormat.parse(kv_format)
@@ -89,7 +91,7 @@ def _spec(
                 "accelerator": {"type": accelerator},
                 "capacity": {"contextLength": context, "concurrentSequences": concurrent},
                 "kvCache": {"format": kv_format, "quality": quality, "memory": memory},
-                "parallelism": {"tensor": int(tensor) if tensor.isdigit() else tensor},
+                "parallelism": {"tensor": tensor if tensor == "auto" else int(tensor)},
                 "engine": {"args": engine_args},
             }
         )
