@@ -6,7 +6,7 @@ BUILDAH_STORAGE=$CACHE_DIR/buildah
 # run_buildah ARGUMENTS...: with its storage in the cache, so that a changed source file does not install the
 # dependencies anew; in namespaces of its own, so that ending it ends the commands that it runs and leaves no mount.
 run_buildah() {
-  mkdir -p "$BUILDAH_STORAGE/run"
+  stackable "$BUILDAH_STORAGE/run"
   # shellcheck disable=SC2016  # expanded by the inner shell
   unshare --mount --pid --fork --kill-child --mount-proc \
     bash -c 'mount -t tmpfs tmpfs "$1/run" && exec buildah --root "$1" --runroot "$1/run" --storage-driver overlay "${@:2}"' \

@@ -25,12 +25,13 @@ die() {
 }
 
 # step TEXT LOG COMMAND...: run COMMAND with its output in LOG; if it fails, show the end of LOG and exit.
-# A trap and not `if`, because inside a condition bash would not stop at a function's first failing command.
+# A trap and not `if`, because inside a condition bash would not stop at a function's first failing command; a
+# subshell, because the trap would write where a function that exits writes.
 step() {
   STEP=$1 STEP_LOG=$2
   mkdir -p "$(dirname "$STEP_LOG")"
   trap step_failed EXIT
-  "${@:3}" >>"$STEP_LOG" 2>&1
+  ("${@:3}") >>"$STEP_LOG" 2>&1
   trap - EXIT
   say "$STEP"
 }
@@ -68,6 +69,13 @@ cached() {
     fi
   ) 9>"$CACHE_DIR/locks/$1"
   echo "$product"
+}
+
+# stackable FOLDER: make FOLDER, and stop where overlayfs cannot stack its file system's folders.
+stackable() {
+  mkdir -p "$1"
+  [ "$(stat --file-system --format %T "$1")" != overlayfs ] ||
+    die "$1 is on an overlay file system, which cannot hold image layers: set XDG_CACHE_HOME to a folder on a disk"
 }
 
 # Every process that these scripts leave running, and every one that builds, carries a mark in its environment:

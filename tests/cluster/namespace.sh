@@ -43,6 +43,9 @@ make_cgroup() {
       cat "$root/cpuset.cpus" >"$root/$CGROUP/cpuset.cpus"
       cat "$root/cpuset.mems" >"$root/$CGROUP/cpuset.mems"
     fi
+    if [ -e "$root/cpu.shares" ]; then # version 1: all pods together weigh as much as one process until told otherwise
+      echo $((1024 * $(nproc))) >"$root/$CGROUP/cpu.shares"
+    fi
   done
 }
 
@@ -60,7 +63,7 @@ remove_cgroup() {
 
 # lock_image_store: hold the image store for as long as this process, or one it starts, has file descriptor 8.
 lock_image_store() {
-  mkdir -p "$IMAGE_STORE"
+  stackable "$IMAGE_STORE"
   exec 8<>"$IMAGE_STORE.lock"
   flock -n 8 || die "the image store is in use by the cluster of $(cat "$IMAGE_STORE.lock")"
   echo "$CLUSTER_DIR" >"$IMAGE_STORE.lock"
