@@ -6,7 +6,6 @@ BUILDAH_STORAGE=$CACHE_DIR/buildah
 # run_buildah ARGUMENTS...: with its storage in the cache, so that a changed source file does not install the
 # dependencies anew; in namespaces of its own, so that ending it ends the commands that it runs and leaves no mount.
 run_buildah() {
-  stackable "$BUILDAH_STORAGE/run"
   # shellcheck disable=SC2016  # expanded by the inner shell
   unshare --mount --pid --fork --kill-child --mount-proc \
     bash -c 'mount -t tmpfs tmpfs "$1/run" && exec buildah --root "$1" --runroot "$1/run" --storage-driver overlay "${@:2}"' \
@@ -24,6 +23,7 @@ is_built() { grep -qsF "\"$1\"" "$BUILDAH_STORAGE/overlay-images/images.json"; }
 # once KEY COMMAND...: run COMMAND with an empty folder as its last argument, alone for KEY.
 once() {
   local work=$CACHE_DIR/building-$1
+  stackable "$BUILDAH_STORAGE/run"
   mkdir -p "$CACHE_DIR/locks"
   exec {building}>"$CACHE_DIR/locks/$1"
   flock "$building"
