@@ -24,6 +24,11 @@ REQUEST_SECONDS = 30
 """After which a request counts as failed; the pass is then tried again."""
 
 
+_UNREADABLE_MANIFEST = ("failed to create typed patch object", "failed to convert new object")
+"""How Kubernetes 1.34 begins its answer to a server-side apply with an unknown field or a value of the wrong
+type. Its status is 500 then, as if the fault were the server's."""
+
+
 class RefusedError(Exception):
     """The API server refuses a manifest for what is in it: no later try can succeed."""
 
@@ -196,7 +201,8 @@ def _typed(error: DynamicApiError) -> Exception:
         return LookupError(message)
     if error.status == HTTPStatus.CONFLICT:
         return ConflictError(message)
-    if error.status in (HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY):
+    refused = error.status in (HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY)
+    if refused or message.startswith(_UNREADABLE_MANIFEST):
         return RefusedError(message)
     if error.status == HTTPStatus.FORBIDDEN:
         return ForbiddenError(message)

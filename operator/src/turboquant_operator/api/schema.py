@@ -98,8 +98,14 @@ AnyObject = Annotated[
 
 _RESOURCE_LIST = {
     "type": "object",
-    "additionalProperties": {"x-kubernetes-int-or-string": True},
+    "additionalProperties": {"x-kubernetes-int-or-string": True, "maxLength": 32},
     "maxProperties": 32,
+    **rules(
+        rule(
+            "self.all(name, type(self[name]) == int || isQuantity(self[name]))",
+            "must be quantities, such as 500m or 8Gi",
+        )
+    ),
 }
 
 Resources = Annotated[
