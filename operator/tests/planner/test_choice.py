@@ -1,5 +1,7 @@
 """What is chosen, and what is answered where nothing can be."""
 
+from typing import ClassVar
+
 import pytest
 
 from turboquant_kernels.formats import BF16, FP8, KVFormat
@@ -88,6 +90,30 @@ class TestFormat:
     def test_skipped_layers_beside_sliding_windows_are_refused(self, spec, facts):
         answer = refusal(spec(kvCache={"skipLayers": [0]}), facts("gemma-3-270m"))
         assert (answer.type, answer.reason) == ("Accepted", "UnsupportedLayerFormats")
+
+
+class TestImages:
+    CPU: ClassVar = {"accelerator": {"type": "cpu"}, "capacity": {"contextLength": 8192}}
+
+    def test_auto_leaves_a_model_with_bidirectional_images_uncompressed(self, spec, facts):
+        plan = planned(spec(**self.CPU, kvCache={"memory": "8Gi"}), facts("gemma-3-4b"))
+        assert plan.format == "bf16"
+        assert "--limit-mm-per-prompt" in plan.reasons[0]
+
+    def test_a_named_format_for_it_is_refused_with_the_way_out(self, spec, facts):
+        answer = refusal(
+            spec(**self.CPU, kvCache={"memory": "8Gi", "format": "tq-k4v4"}), facts("gemma-3-4b")
+        )
+        assert (answer.type, answer.reason) == ("Accepted", "UnsupportedAttention")
+        assert "--limit-mm-per-prompt" in answer.message
+
+    def test_text_alone_is_compressed(self, spec, facts):
+        text = {"args": ['--limit-mm-per-prompt={"image": 0}']}
+        plan = planned(spec(**self.CPU, kvCache={"memory": "8Gi"}, engine=text), facts("gemma-3-4b"))
+        assert plan.format == "tq-k8v4"
+
+    def test_the_text_model_is_compressed(self, spec, facts):
+        assert planned(spec(**self.CPU, kvCache={"memory": "8Gi"}), facts("gemma-3-1b")).format == "tq-k8v4"
 
 
 class TestKVPlan:

@@ -26,7 +26,7 @@ def test_defaults_by_device(gpu, block, tokens, sequences):
         ["--max-num-batched-tokens=512"],
         ["--max-num-batched-tokens", "512"],
         ["--max_num_batched_tokens=512"],
-        ["--max-num-batched-tokens 512"],
+        ["--max-num-batched=512"],
         ["--enable-prefix-caching", "--max-num-batched-tokens=.5K".replace(".5", "0.5")],
     ],
 )
@@ -59,3 +59,22 @@ def test_a_value_that_cannot_be_read_is_refused(args):
     assert isinstance(answer, NoPlan)
     assert (answer.type, answer.reason) == ("Accepted", "InvalidEngineArgument")
     assert args[0].partition("=")[0] in answer.message
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ['--limit-mm-per-prompt={"image": 0}'],
+        ["--limit-mm-per-prompt", '{"video": 1, "image":0}'],
+        ["--limit-mm-per-prompt", "image=0"],
+        ["--limit-mm-per-prompt.image=0"],
+        ["--language-model-only"],
+    ],
+)
+def test_text_alone_is_recognised(args):
+    assert engine_settings((), None, 4096).images
+    assert not engine_settings(args, None, 4096).images
+
+
+def test_a_limit_of_images_is_no_ban():
+    assert engine_settings(['--limit-mm-per-prompt={"image": 10}'], None, 4096).images

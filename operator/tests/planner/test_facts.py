@@ -30,7 +30,8 @@ from turboquant_operator.planner import ModelFacts, NoPlan, read_facts
         ("phi-3-mini-4k", 32, 32, 32, 96, 4_096),
         ("gpt-oss-20b", 24, 64, 8, 64, 131_072),
         ("command-r-35b", 40, 64, 64, 128, 131_072),
-        ("olmo-3-7b", 32, 32, 32, 128, 65_536),
+        ("qwen2.5-vl-7b", 28, 28, 4, 128, 128_000),
+        ("mistral-small-3.1-24b", 40, 32, 8, 128, 131_072),
     ],
 )
 def test_shape_of_known_models(facts, name, layers, heads, kv_heads, head_dim, context):
@@ -49,7 +50,6 @@ def test_shape_of_known_models(facts, name, layers, heads, kv_heads, head_dim, c
         ("gemma-2-9b", 4096, 21),
         ("gpt-oss-20b", 128, 12),
         ("command-r7b", 4096, 24),
-        ("olmo-3-7b", 4096, 24),
         ("mistral-7b-v0.1", 4096, 32),
         ("phi-3-mini-4k", 2047, 32),
         ("starcoder2-3b", 4096, 30),
@@ -82,12 +82,16 @@ def test_gemma_2_alternates_from_a_windowed_layer(facts):
         ("qwen2.5-7b", True),
         ("qwen2.5-0.5b", True),
         ("gpt-oss-20b", True),
+        ("qwen2.5-vl-7b", True),
+        ("qwen1.5-moe-a2.7b", True),
+        ("glm-4-9b-chat-hf", True),
         ("phi-2", True),
         ("stablelm-2-1.6b", True),
         ("starcoder2-3b", True),
         ("qwen3-8b", False),
         ("llama-3.1-8b", False),
         ("gemma-3-270m", False),
+        ("glm-4-9b-0414", False),
     ],
 )
 def test_key_bias(facts, name, biased):

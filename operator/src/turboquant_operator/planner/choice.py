@@ -27,6 +27,8 @@ from turboquant_operator.planner.outcome import NoPlan, refused, unfit, unknown
 LONG_CONTEXT_VARIABLE = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
 """Engine variable by which a user takes responsibility for a context beyond the model's own."""
 
+_TEXT_ONLY = """add --limit-mm-per-prompt={"image": 0} to engine.args for text alone"""
+
 
 def make_plan(
     spec: TurboQuantDeploymentSpec,
@@ -137,10 +139,17 @@ def _context_length(spec: TurboQuantDeploymentSpec, facts: ModelFacts) -> int | 
 
 
 def _choices(
-    spec: TurboQuantDeploymentSpec, facts: ModelFacts, kv_plan: KVPlan | None
-) -> tuple[list[Choice], list[str]]:
+    spec: TurboQuantDeploymentSpec, facts: ModelFacts, settings: EngineSettings, kv_plan: KVPlan | None
+) -> tuple[list[Choice], list[str]] | NoPlan:
     """Formats to try, best first, and the reasons that led to them."""
     skip = spec.kv_cache.skip_layers
+    images = facts.bidirectional_images and settings.images
+    if images and any(fmt.compressed for fmt in (kv_plan.layers if kv_plan else _named_formats(spec))):
+        return refused(
+            "UnsupportedAttention",
+            f"In {facts.architecture} the tokens of an image see each other in both directions, which a "
+            f"compressed cache cannot serve yet: {_TEXT_ONLY}, or use kvCache.format bf16 or fp8.",
+        )
     if kv_plan is not None:
         layers = tuple(BF16 if i in skip else fmt for i, fmt in enumerate(kv_plan.layers))
         return [Choice(_most_common(kv_plan).name, layers)], ["kvCache.planRef names the bits of each layer."]
@@ -157,6 +166,12 @@ def _choices(
             f"{facts.architecture} adds a bias to its keys, which the compressed formats store badly until "
             "they have key anchors: auto keeps its cache in the model's own dtype. Name a format to "
             "compress it anyway."
+        ]
+    if images:
+        return [Choice.uniform(BF16, facts)], [
+            f"In {facts.architecture} the tokens of an image see each other in both directions, which a "
+            "compressed cache cannot serve yet: auto keeps its cache in the model's own dtype. To compress "
+            f"it, {_TEXT_ONLY}."
         ]
     if facts.head_dim not in HEAD_DIMS:
         return [Choice.uniform(BF16, facts)], [
@@ -229,7 +244,10 @@ def _plan_on(gpu: Accelerator | None, request: _Request) -> Plan | NoPlan:
     sizes = _tensor_sizes(spec, facts, gpu)
     if isinstance(sizes, NoPlan):
         return sizes
-    choices, reasons = _choices(spec, facts, request.kv_plan)
+    candidates = _choices(spec, facts, settings, request.kv_plan)
+    if isinstance(candidates, NoPlan):
+        return candidates
+    choices, reasons = candidates
 
     def option(choice: Choice, tensor: int) -> Option:
         memory = _cache_memory(spec, gpu, facts, settings, tensor)

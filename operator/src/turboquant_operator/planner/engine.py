@@ -6,7 +6,7 @@ device (engine/arg_utils.py, `get_batch_defaults`); the OpenAI server's defaults
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -32,6 +32,18 @@ _DTYPES = {
     "float": "float32",
     "float32": "float32",
 }
+_FLAGS = (
+    "block-size",
+    "dtype",
+    "enable-lora",
+    "enforce-eager",
+    "language-model-only",
+    "limit-mm-per-prompt",
+    "max-num-batched-tokens",
+    "max-num-seqs",
+    "performance-mode",
+    "speculative-config",
+)
 _SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -48,6 +60,8 @@ class EngineSettings:
     dtype: str | None = None
     """`--dtype` where the user gave one."""
     cuda_graphs: bool = True
+    images: bool = True
+    """A multi-modal model is asked to take images."""
     extra_models: bool = False
     """A draft model or LoRA adapters are loaded too; their memory is not in the plan."""
 
@@ -87,6 +101,7 @@ def engine_settings(
         sequences=min(sequences, tokens) if "max-num-seqs" not in numbers else sequences,
         dtype=_DTYPES[dtype],
         cuda_graphs=accelerator is not None and "enforce-eager" not in given,
+        images=_takes_images(given),
         extra_models=bool({"speculative-config", "enable-lora"} & given.keys()),
     )
 
@@ -100,15 +115,24 @@ def _batch_defaults(accelerator: Accelerator | None) -> tuple[int, int]:
 
 
 def _flags(args: Sequence[str]) -> dict[str, str]:
-    """Flag names without dashes, hyphenated, with their values: `--a=b`, `--a b` and `--a`, `b` alike."""
+    """Flags with their values, as argparse reads them: `--a=b` and `--a`, `b`, hyphens or underscores, any
+    beginning of a name for the name. An ambiguous beginning stops the engine, not the planner.
+    """
     found: dict[str, str] = {}
-    words = [word for arg in args for word in arg.split(maxsplit=1)]
-    for word, following in pairwise([*words, ""]):
+    for word, following in pairwise([*args, ""]):
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
+            name, dot, key = name.replace("_", "-").partition(".")
+            name = next((flag for flag in _FLAGS if flag.startswith(name)), name)
             follows = "" if following.startswith("--") else following
-            found[name.replace("_", "-")] = value if equals else follows
+            found[name + dot + key] = value if equals else follows
     return found
+
+
+def _takes_images(given: Mapping[str, str]) -> bool:
+    limit = given.get("limit-mm-per-prompt", "")
+    none = given.get("limit-mm-per-prompt.image") == "0" or re.search(r"\bimage\b\W*[:=]\s*0\b", limit)
+    return not none and "language-model-only" not in given
 
 
 def _human_readable(text: str) -> int | None:

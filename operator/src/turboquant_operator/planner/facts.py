@@ -17,6 +17,10 @@ from turboquant_operator.planner.outcome import NoPlan, refused, unknown
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of one element of the dtypes in which the engine computes."""
 
+_PREFIX_IMAGES = ("gemma3", "paligemma")
+"""Multi-modal models whose image tokens vLLM 0.25.1 lets see each other
+(transformers_utils/model_arch_config_convertor.py, `is_mm_prefix_lm`)."""
+
 _WIDE_WEIGHTS = {"F64": 8, "F32": 4}
 """Safetensors dtypes that the engine narrows to its own on loading; all others stay as they are."""
 
@@ -41,6 +45,8 @@ class ModelFacts:
     """Bytes of all weights once the engine has loaded them; None where no size could be read."""
     key_bias: bool
     """Keys have a bias (Qwen2, Qwen2.5): a large constant part, which plain rotation does not remove."""
+    bidirectional_images: bool = False
+    """Tokens of one image see each other in both directions, which compressed pages cannot serve yet."""
     hidden_size: int | None = None
     intermediate_size: int | None = None
     """Width of the (dense) MLP."""
@@ -157,6 +163,7 @@ def _normalise(
         dtype=dtype,
         weight_bytes=given.weight_bytes or _loaded_bytes(weights, dtype, whole, text),
         key_bias=_key_bias(text, family),
+        bidirectional_images=bool(whole.get("vision_config")) and whole.get("model_type") in _PREFIX_IMAGES,
         hidden_size=hidden,
         intermediate_size=text.get("intermediate_size"),
         vocab_size=text.get("vocab_size"),

@@ -2,7 +2,7 @@
 
 A config may omit what equals the class default of `transformers`, and which layers have a sliding window
 follows a rule of the family. Both stand here as data, one row per `model_type`. The engine test
-``operator/tests/planner/test_engine_specs.py`` builds vLLM's own model classes and compares every row.
+``operator/tests/planner/test_engine_capacity.py`` builds vLLM's own model classes and compares every row.
 """
 
 from collections.abc import Mapping
@@ -95,13 +95,11 @@ FAMILIES: Mapping[str, Family] = {
         key_bias=True,
     ),
     "granite": _LLAMA_LIKE,
-    "granitemoe": _LLAMA_LIKE,
     "llama": _LLAMA_LIKE,
     "mistral": Family({"num_key_value_heads": 8, "sliding_window": 4096}),
     "mixtral": Family({"num_key_value_heads": 8}),
     "olmo": _LLAMA_LIKE,
     "olmo2": _LLAMA_LIKE,
-    "olmo3": Family({"sliding_window": 4096}, window_every=4, key_bias="attention_bias"),
     "phi": Family(key_bias=True),
     "phi3": Family(),
     "qwen2": _QWEN2,
@@ -113,8 +111,6 @@ FAMILIES: Mapping[str, Family] = {
         key_bias="qkv_bias",
         key_bias_default=True,
     ),
-    "qwen2_vl": _QWEN2,
-    "qwen2_vl_text": _QWEN2,
     "qwen3": _QWEN3,
     "qwen3_moe": Family(
         {"num_key_value_heads": 4, "max_position_embeddings": 32768, "sliding_window": 4096},
