@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from kubernetes import client, config
+from kubernetes import client
 
 from turboquant_operator.api import API_VERSION, GROUP, KIND, PLURAL, VERSION
 from turboquant_operator.api.crd import custom_resource_definition
@@ -17,11 +17,6 @@ pytestmark = pytest.mark.cluster
 
 INVALID = yaml.safe_load((Path(__file__).parent / "invalid_objects.yaml").read_text())
 SMALLEST = {"model": {"uri": "hf://meta-llama/Llama-3.1-8B-Instruct"}}
-
-
-@pytest.fixture(scope="session")
-def api_client(kubeconfig: Path) -> client.ApiClient:
-    return config.new_client_from_config(str(kubeconfig))
 
 
 @pytest.fixture

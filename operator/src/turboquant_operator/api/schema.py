@@ -5,6 +5,7 @@ into the JSON schema, from where `crd` carries it into the CRD.
 """
 
 import re
+from decimal import Decimal
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
@@ -74,7 +75,7 @@ def parse_quantity(text: str) -> int:
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(k|M|G|T|Ki|Mi|Gi|Ti)?", text)
     if not match:
         raise ValueError(f"{text!r} is not a quantity of bytes; write for example 8Gi")
-    return int(float(match[1]) * _UNITS[match[2] or ""])
+    return int(Decimal(match[1]) * _UNITS[match[2] or ""])
 
 
 Quantity = Annotated[

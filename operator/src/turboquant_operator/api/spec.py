@@ -97,6 +97,16 @@ class ConfigMapReference(APIModel):
 class ModelCache(APIModel):
     """Where downloaded weights stay between pods; without it they live in the pod (emptyDir)."""
 
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule(
+                "has(self.size) || !has(self.storageClassName)",
+                "storageClassName is of a claim that the operator makes: set size too, or remove it",
+                fieldPath=".storageClassName",
+            )
+        )
+    )
+
     claim_name: Name
     """A PersistentVolumeClaim. It must exist, unless `size` is given."""
     size: Quantity | None = None
