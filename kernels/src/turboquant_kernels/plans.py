@@ -35,13 +35,13 @@ class KVPlan:
         unknown = document.keys() - {"version", "seed", "layers"}
         if unknown:
             raise ValueError(f"KV plan: unknown field {sorted(unknown)[0]!r}; known: version, seed, layers")
-        if document.get("version") != PLAN_VERSION:
+        if _integer(document.get("version")) != PLAN_VERSION:
             raise ValueError(
                 f"KV plan: version is {document.get('version')!r}, this release reads {PLAN_VERSION}"
             )
-        seed = document.get("seed", DEFAULT_SEED)
-        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-            raise ValueError(f"KV plan: seed is {seed!r}, not a non-negative integer")
+        seed = _integer(document.get("seed", DEFAULT_SEED))
+        if seed is None or seed < 0:
+            raise ValueError(f"KV plan: seed is {document['seed']!r}, not a non-negative integer")
         layers = document.get("layers")
         if not isinstance(layers, list) or not layers:
             raise ValueError("KV plan: layers is not a list with one entry per attention layer")
@@ -75,6 +75,13 @@ class KVPlan:
         }
 
 
+def _integer(value: object) -> int | None:
+    """A JSON integer, which may be written 4.0; None for anything else, true and false included."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    return int(value) if isinstance(value, float) and value.is_integer() else None
+
+
 def _layer(index: int, entry: object) -> KVFormat:
     where = f"KV plan: layers[{index}]"
     if not isinstance(entry, dict):
@@ -82,14 +89,16 @@ def _layer(index: int, entry: object) -> KVFormat:
     unknown = entry.keys() - _LAYER_FIELDS
     if unknown:
         raise ValueError(f"{where}: unknown field {sorted(unknown)[0]!r}; known: {sorted(_LAYER_FIELDS)}")
+    for field in ("key_bits", "value_bits"):
+        if field not in entry:
+            raise ValueError(f"{where}: {field} is missing")
+        if _integer(entry[field]) is None:
+            raise ValueError(f"{where}: {field} is {entry[field]!r}, not an integer")
+    anchor = entry.get("anchor", False)
+    if not isinstance(anchor, bool):
+        raise ValueError(f"{where}: anchor is {anchor!r}, not true or false")
     try:
-        return KVFormat(
-            key_bits=entry["key_bits"],
-            value_bits=entry["value_bits"],
-            encoding=Encoding(entry.get("encoding", Encoding.MSE)),
-            anchor=entry.get("anchor", False),
-        )
-    except KeyError as missing:
-        raise ValueError(f"{where}: {missing.args[0]} is missing") from missing
+        encoding = Encoding(entry.get("encoding", Encoding.MSE))
+        return KVFormat(int(entry["key_bits"]), int(entry["value_bits"]), encoding, anchor)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
