@@ -134,15 +134,13 @@ def validate(
         table = Table(title=f"Claims of arXiv 2504.19874, head_dim {head_dim}")
         table.add_column("claim", no_wrap=True)
         for header in ("at least", "measured", "at most", "paper"):
-            table.add_column(header, justify="right")
-        table.add_column("source")
+            table.add_column(header, justify="right", no_wrap=True)
         table.add_column("")
         for check in checks:
             numbers = (check.lower, check.measured, check.upper, check.paper)
             table.add_row(
                 check.claim,
-                *("" if number is None else f"{number:.4g}" for number in numbers),
-                check.source,
+                *("" if number is None else f"{number:.3g}" for number in numbers),
                 "ok" if check.passed else "[red]fails[/red]",
             )
         Console().print(table)

@@ -63,7 +63,8 @@ def codebook(bits: int, head_dim: int) -> Codebook:
         raise ValueError(f"a codebook has 1 to {MAX_BITS} bits, not {bits}")
 
     def best(outermost: Iterable[float]) -> _Choice:
-        return min((_best_levels(level, bits, head_dim) for level in outermost), key=lambda c: c.distortion)
+        choices = (_best_levels(float(level), bits, head_dim) for level in outermost)
+        return min(choices, key=lambda choice: choice.distortion)
 
     coarse = best(np.arange(0.6, 5.0, 0.2))
     choice = best(coarse.outermost + np.arange(-0.19, 0.195, 0.01))

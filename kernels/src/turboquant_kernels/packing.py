@@ -85,7 +85,7 @@ def take_rows(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     row_type = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
     row_bytes = table.shape[1] * table.element_size()
     rows = table.view(row_type[row_bytes]).squeeze(-1).index_select(0, index.flatten().int())
-    return rows.view(table.dtype).view(*index.shape[:-1], -1)
+    return rows.view(table.dtype).view(*index.shape[:-1], index.shape[-1] * table.shape[1])
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from turboquant_kernels.codec import Codec
 from turboquant_kernels.formats import Encoding, KVFormat
 from turboquant_kernels.rotation import rotation_matrix
 
-VECTORS = 4096
+VECTORS = 2048
 SEEDS = range(4)
 """Each claim is measured on `VECTORS` vectors for each of these rotations."""
 
@@ -72,7 +72,7 @@ def _distortion(bits: int, head_dim: int) -> Check:
         lower=4.0**-bits,
         upper=math.sqrt(3) * math.pi / 2 * 4.0**-bits,
         paper=PAPER_D_MSE.get(bits),
-        source="thm. 1, 3",
+        source="theorems 1, 3",
     )
 
 
@@ -90,7 +90,7 @@ def _inner_product_error(fmt: KVFormat, head_dim: int) -> Check:
         lower=4.0**-fmt.key_bits,
         upper=math.sqrt(3) * math.pi**2 * 4.0**-fmt.key_bits,
         paper=PAPER_D_PROD.get(fmt.key_bits) if fmt.encoding is Encoding.PROD else None,
-        source="thm. 2, 3",
+        source="theorems 2, 3",
     )
 
 
@@ -113,7 +113,7 @@ def _bias(fmt: KVFormat, head_dim: int) -> Check:
         lower=-allowed,
         upper=allowed,
         paper=0.0 if fmt.encoding is Encoding.PROD else None,
-        source="thm. 2" if fmt.encoding is Encoding.PROD else "our scale",
+        source="theorem 2" if fmt.encoding is Encoding.PROD else "this codec's scale",
     )
 
 

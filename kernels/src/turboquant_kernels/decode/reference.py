@@ -90,8 +90,8 @@ def _attend(
     maximum = torch.full((n, kv_heads, group * width, 1), torch.finfo(torch.float32).min)
     total = torch.zeros_like(maximum)
     if sinks is not None:
-        maximum = sinks.float().view(kv_heads, group, 1).expand(n, -1, -1, width).flatten(2).unsqueeze(-1)
-        total = torch.ones_like(maximum)
+        maximum.unflatten(2, (group, width)).copy_(sinks.view(kv_heads, group, 1, 1))
+        total.fill_(1.0)
     output = torch.zeros_like(query)
 
     context = tiles.context()
