@@ -26,8 +26,6 @@ os.environ.update(
 )
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
-MEBIBYTE = 1 << 20
-
 
 class Engine:
     """One vLLM engine, with the few handles on its inside that the tests need."""
@@ -125,12 +123,18 @@ def gemma() -> Path:
 
 
 @pytest.fixture(scope="session")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Makes a model folder of Llama's shape without weights; arguments replace entries of its config."""
-    from models.dummy import write_llama
+def dummy_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes a model folder without weights, of the shape `LLAMA` or `GEMMA3`; equal calls share one."""
+    from models import dummy
 
-    def make(**overrides: Any) -> Path:
-        return write_llama(tmp_path_factory.mktemp("llama"), **overrides)
+    folders: dict[str, Path] = {}
+
+    def make(shape: str, **overrides: Any) -> Path:
+        key = repr((shape, sorted(overrides.items())))
+        if key not in folders:
+            folder = tmp_path_factory.mktemp(shape.lower())
+            folders[key] = dummy.write_model(folder, getattr(dummy, shape), **overrides)
+        return folders[key]
 
     return make
 

@@ -29,14 +29,34 @@ LLAMA = {
 }
 """Llama's shape, small: attention over all tokens in every layer, two query heads to a KV head."""
 
+GEMMA3 = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "dtype": "bfloat16",
+    "vocab_size": 128,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 128,
+    "max_position_embeddings": 8192,
+    "sliding_window": 64,
+    "layer_types": [*["sliding_attention"] * 5, "full_attention"],
+    "query_pre_attn_scalar": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+"""Gemma-3's shape, small: five layers with a sliding window to one without, which share a block pool."""
 
-def write_llama(folder: Path, **overrides: Any) -> Path:
-    """Writes config.json and a tokenizer into `folder`; `overrides` replace entries of `LLAMA`."""
+
+def write_model(folder: Path, shape: dict[str, Any], **overrides: Any) -> Path:
+    """Writes config.json and a tokenizer into `folder`; `overrides` replace entries of the shape."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     folder.mkdir(parents=True, exist_ok=True)
-    config = LLAMA | overrides
+    config = shape | overrides
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     words = {f"w{index}": index for index in range(config["vocab_size"])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))

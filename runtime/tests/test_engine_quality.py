@@ -1,0 +1,141 @@
+"""What compression costs: next-token distributions, continuations and speed beside a bf16 cache.
+
+Gemma-3-270m, the same engine with another cache. Prompts are computed in chunks of 128 tokens, so most of
+what a query reads was stored by earlier chunks.
+"""
+
+import time
+from statistics import median
+
+import pytest
+
+pytestmark = pytest.mark.engine
+
+MAX_KL = {"tq-k8v4": 0.03, "tq-k5v3": 0.09, "tq-k4v4": 0.2}
+"""Nats, mean over tokens: issue limits for each format."""
+
+
+@pytest.fixture(scope="module")
+def start(start_engine, gemma):
+    def start(kv_cache_dtype: str):
+        return start_engine(
+            gemma,
+            kv_cache_dtype,
+            max_model_len=512,
+            max_num_batched_tokens=128,
+            kv_cache_memory_bytes=64 << 20,
+            block_size=32,
+        )
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def texts(start) -> list[list[int]]:
+    from models.texts import TEXTS
+
+    return [start("auto").llm.get_tokenizer()(text).input_ids for text in TEXTS]
+
+
+@pytest.fixture(scope="module")
+def bf16_logprobs(start, texts):
+    return [start("auto").prompt_logits(text).log_softmax(-1).bfloat16() for text in texts]
+
+
+def divergence(reference, logprobs):
+    """KL(reference || logprobs), nats, of each row."""
+    reference = reference.float()
+    return (reference.exp() * (reference - logprobs)).sum(-1)
+
+
+@pytest.mark.parametrize("name", MAX_KL)
+def test_next_token_divergence_stays_below_the_limit(start, texts, bf16_logprobs, record_property, name):
+    engine = start(name)
+    rows = [
+        divergence(reference, engine.prompt_logits(text).log_softmax(-1))
+        for text, reference in zip(texts, bf16_logprobs, strict=True)
+    ]
+    per_text = [row.mean().item() for row in rows]
+    mean = sum(row.sum().item() for row in rows) / sum(len(row) for row in rows)
+    record_property("kl", round(mean, 4))
+    print(f"{name}: KL {mean:.4f}, by text {[round(kl, 4) for kl in per_text]}")
+    assert mean <= MAX_KL[name]
+
+
+def test_decoding_reads_the_cache_that_prefill_wrote(start, texts, bf16_logprobs, record_property) -> None:
+    """Teacher forcing: each request finds all but its last token in the cache, so no raw key is in reach."""
+    import torch
+
+    engine, text, reference = start("tq-k4v4"), texts[0], bf16_logprobs[0]
+    compute, logits = engine.runner.model.compute_logits, []
+    engine.forget()
+    engine.generate([text], max_tokens=1)
+    engine.runner.model.compute_logits = lambda *args: logits.append(compute(*args).float()) or logits[-1]
+    lengths = range(33, len(text), 32)
+    try:
+        for length in lengths:
+            (output,) = engine.generate([text[:length]], max_tokens=1)
+            assert output.num_cached_tokens == length - 1
+    finally:
+        del engine.runner.model.compute_logits
+    rows = divergence(reference[[n - 1 for n in lengths]], torch.cat(logits).log_softmax(-1))
+    record_property("kl", round(rows.mean().item(), 4))
+    # Twice the limit of the mean over all texts: these are seven tokens.
+    assert 0 < rows.mean() <= 2 * MAX_KL["tq-k4v4"]
+
+
+def test_answers_come_from_the_pages_alone(start, texts) -> None:
+    """With the cached pages overwritten, a prefix hit gives another answer."""
+    engine, prompt = start("tq-k4v4"), texts[0][:200]
+
+    def answer() -> tuple[int, dict[int, float]]:
+        (output,) = engine.generate([prompt], max_tokens=1, logprobs=5)
+        return output.num_cached_tokens, {t: p.logprob for t, p in output.outputs[0].logprobs[0].items()}
+
+    engine.forget()
+    answer()
+    cached_tokens, from_cache = answer()
+    assert (cached_tokens, from_cache) == answer()
+    for tensor in engine.kv_tensors.values():
+        tensor.zero_()
+    overwritten = answer()
+    engine.forget()
+    assert overwritten[0] == cached_tokens == 192
+    assert overwritten[1].keys() != from_cache.keys()
+
+
+def test_greedy_continuations_are_reported_and_mostly_agree(start, record_property) -> None:
+    from models.texts import PROMPTS
+
+    tokenizer = start("auto").llm.get_tokenizer()
+    prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
+    expected = [o.outputs[0].token_ids for o in start("auto").generate(prompts, max_tokens=16)]
+    for name in MAX_KL:
+        got = [o.outputs[0].token_ids for o in start(name).generate(prompts, max_tokens=16)]
+        agreeing = [
+            next((i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), len(x))
+            for x, y in zip(got, expected, strict=True)
+        ]
+        record_property(f"{name} agreeing tokens of 16", agreeing)
+        print(f"{name}: agreeing tokens of 16: {agreeing}")
+        assert median(agreeing) >= 1
+
+
+def test_decoding_is_at_least_half_as_fast_as_with_a_bf16_cache(start, texts, record_property) -> None:
+    tokens, prompt = 12, texts[0][:200]
+
+    def decode_seconds(engine) -> float:
+        """The time of `tokens` decode steps: a run with them less a run without; the prompt is cached."""
+        started = time.perf_counter()
+        engine.generate([prompt], max_tokens=1)
+        first = time.perf_counter()
+        engine.generate([prompt], max_tokens=1 + tokens)
+        return time.perf_counter() - first - (first - started)
+
+    plain, compressed = start("auto"), start("tq-k4v4")
+    for engine in (plain, compressed):
+        decode_seconds(engine)
+    ratios = [decode_seconds(plain) / decode_seconds(compressed) for _ in range(7)]
+    record_property("speed ratios", [round(ratio, 2) for ratio in ratios])
+    print(f"decode speed over bf16's: {[round(ratio, 2) for ratio in ratios]}")
+    assert median(ratios) >= 0.5
