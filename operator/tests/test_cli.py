@@ -100,3 +100,19 @@ def test_a_local_plan_imports_no_engine_no_cluster_and_no_hub_client():
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize(("name", "start"), [("capacity.png", b"\x89PNG"), ("capacity.svg", b"<?xml")])
+def test_the_picture_is_drawn(tmp_path, name, start):
+    path = tmp_path / name
+    cpu = ["--accelerator", "cpu", "--memory", "4Gi", "--context", "8192"]
+    assert tq_plan(LLAMA, *cpu, "--picture", str(path)).exit_code == 0
+    assert path.read_bytes().startswith(start)
+
+
+@pytest.mark.parametrize("name", ["capacity.xyz", "nowhere/capacity.png"])
+def test_a_picture_that_cannot_be_written_is_bad_input(tmp_path, name):
+    cpu = ["--accelerator", "cpu", "--memory", "4Gi", "--context", "8192"]
+    result = tq_plan(LLAMA, *cpu, "--picture", str(tmp_path / name))
+    assert result.exit_code == 2
+    assert name in result.output

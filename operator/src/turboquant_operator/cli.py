@@ -5,6 +5,7 @@ well under a second: no torch, vLLM, kubernetes or kopf, and the hub's client on
 """
 
 import json
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -44,6 +45,7 @@ def plan(
     revision: Annotated[str, typer.Option(help="Branch, tag or commit of a hub model.")] = "",
     engine_arg: Annotated[list[str] | None, typer.Option(help="As in spec.engine.args; repeatable.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print status.plan as JSON.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Draw the capacity of each format here.")] = None,
 ) -> None:
     """Plan KV format and tensor-parallel size of a model. Exit code: 0 fits, 1 does not fit, 2 bad input."""
     spec = _spec(accelerator, context, concurrent, kv_format, quality, tensor, memory, engine_arg or [])
@@ -61,6 +63,8 @@ def plan(
         _show(facts, answer, concurrent)
     if isinstance(answer, NoPlan):
         raise typer.Exit(DOES_NOT_FIT)
+    if picture is not None:
+        _draw(answer, concurrent, picture)
 
 
 def _spec(
@@ -116,6 +120,18 @@ def _document(answer: Plan | NoPlan) -> dict[str, object]:
         "reason": answer.reason,
         "message": answer.message,
     }
+
+
+def _draw(chosen: Plan, concurrent: int, path: Path) -> None:
+    from turboquant_operator.picture import draw_capacity
+
+    title = f"{chosen.format} on {chosen.accelerator}, tensor-parallel {chosen.tensor_parallel_size}"
+    try:
+        draw_capacity(chosen, title, concurrent * chosen.context_length, path)
+    except ModuleNotFoundError as error:
+        _bad_input(f"--picture: {error}; install turboquant-operator[picture]")
+    except (OSError, ValueError) as error:
+        _bad_input(f"--picture {path}: {error}")
 
 
 def _show(facts: ModelFacts, chosen: Plan, concurrent: int) -> None:
