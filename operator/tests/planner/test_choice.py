@@ -67,6 +67,12 @@ class TestFormat:
         assert plan.format == "tq-k4v4"
         assert any(reason.startswith("Warning:") for reason in plan.reasons)
 
+    def test_fp8_on_cpu_warns_of_the_cpu_and_needs_heads_that_it_can_store(self, spec, facts):
+        cpu = {"accelerator": {"type": "cpu"}, "capacity": {"contextLength": 2048}}
+        cpu["kvCache"] = {"memory": "4Gi", "format": "fp8"}
+        assert "Warning: the engine starts with fp8" in planned(spec(**cpu), facts("qwen3-0.6b")).reasons[1]
+        assert refusal(spec(**cpu), facts("phi-2")).reason == "FormatNotYetSupported"
+
     def test_no_warning_without_a_key_bias(self, spec, facts):
         plan = planned(spec(kvCache={"format": "tq-k4v4"}), facts("qwen3-8b"))
         assert not any("Warning" in reason for reason in plan.reasons)

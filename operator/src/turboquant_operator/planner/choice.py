@@ -27,6 +27,9 @@ from turboquant_operator.planner.outcome import NoPlan, refused, unfit, unknown
 LONG_CONTEXT_VARIABLE = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
 """Engine variable by which a user takes responsibility for a context beyond the model's own."""
 
+_CPU_FP8_ELEMENTS = 32
+"""vLLM 0.25.1 on CPU (v1/attention/backends/cpu_attn.py)."""
+
 _TEXT_ONLY = """add --limit-mm-per-prompt={"image": 0} to engine.args for text alone"""
 
 
@@ -90,6 +93,12 @@ def _check_layers(spec: TurboQuantDeploymentSpec, facts: ModelFacts, kv_plan: KV
     if kv_plan is not None and (problem := _check_plan(kv_plan)):
         return problem
     wanted = kv_plan.layers if kv_plan else _named_formats(spec)
+    if spec.accelerator.type == CPU and FP8 in wanted and facts.head_dim % _CPU_FP8_ELEMENTS:
+        return refused(
+            "FormatNotYetSupported",
+            f"On cpu the engine stores fp8 only for heads of a multiple of {_CPU_FP8_ELEMENTS} elements, and "
+            f"{facts.architecture} has {facts.head_dim}: use kvCache.format bf16 or auto.",
+        )
     if facts.head_dim not in HEAD_DIMS and any(fmt.compressed for fmt in wanted):
         return refused(
             "FormatNotYetSupported",
@@ -160,6 +169,8 @@ def _choices(
                 f"Warning: {facts.architecture} adds a bias to its keys, which {named[0].name} stores badly. "
                 "Expect a loss of quality and compare with bf16 before relying on it."
             )
+        if named[0] == FP8 and spec.accelerator.type == CPU:
+            reasons.append("Warning: the engine starts with fp8 only on CPUs with AVX-512 or AMX.")
         return [Choice.uniform(named[0], facts, skip)], reasons
     if facts.key_bias:
         return [Choice.uniform(BF16, facts)], [
