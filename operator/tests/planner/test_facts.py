@@ -1,9 +1,14 @@
 """Facts from the config.json files of well-known models, and the refusal of those that cannot be planned."""
 
+from pathlib import Path
+
 import pytest
 
 from turboquant_operator.api.spec import Architecture
 from turboquant_operator.planner import ModelFacts, NoPlan, read_facts
+from turboquant_operator.planner.families import FAMILIES
+
+CONFIGS = Path(__file__).parent / "configs"
 
 
 @pytest.mark.parametrize(
@@ -31,6 +36,7 @@ from turboquant_operator.planner import ModelFacts, NoPlan, read_facts
         ("gpt-oss-20b", 24, 64, 8, 64, 131_072),
         ("command-r-35b", 40, 64, 64, 128, 131_072),
         ("qwen2.5-vl-7b", 28, 28, 4, 128, 128_000),
+        ("qwen2.5-vl-7b-nested", 28, 28, 4, 128, 128_000),
         ("mistral-small-3.1-24b", 40, 32, 8, 128, 131_072),
     ],
 )
@@ -198,3 +204,8 @@ def test_an_absent_window_is_the_familys_default(config):
 
 def test_a_null_head_dim_is_hidden_size_over_heads(config):
     assert read_facts({**config("llama-3.1-8b"), "head_dim": None}).head_dim == 128
+
+
+def test_every_family_has_a_config_that_the_engine_test_builds(config):
+    configs = [config(path.stem) for path in CONFIGS.glob("*.json")]
+    assert FAMILIES.keys() <= {(c.get("text_config") or c).get("model_type") for c in configs}

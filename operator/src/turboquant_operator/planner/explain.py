@@ -36,20 +36,20 @@ def why(
 ) -> list[str]:
     """Reasons of a plan that fits, the decision first."""
     sentences = [
-        f"{chosen.choice.name} on {place(gpu, chosen)} holds {chosen.tokens:,} tokens: {chosen.sequences} "
-        f"sequences of {chosen.context_length:,} where {wanted} are asked for."
+        f"{chosen.choice.name} on {place(gpu, chosen)} holds {chosen.tokens:,} tokens, {chosen.sequences} "
+        f"sequences of {chosen.context_length:,} (asked for: {wanted})."
     ]
     before = tried[: tried.index(chosen)]
     if asked_tensor:
         sentences.append(f"parallelism.tensor asks for {chosen.tensor}.")
     elif fewer := [option for option in before if option.tensor < chosen.tensor]:
         best = max(fewer, key=lambda option: option.sequences)
-        sentences.append(
-            f"Fewer GPUs do not suffice: {gpus(best.devices)} hold {best.sequences} such sequences at most "
-            f"({best.choice.name})."
+        short = (
+            f"at most {best.sequences} such sequences on {gpus(best.devices)} ({best.choice.name})"
             if best.memory > 0
-            else f"Fewer GPUs do not suffice: {gpus(best.devices)} do not even hold the weights."
+            else f"the weights leave no memory on {gpus(best.devices)}"
         )
+        sentences.append(f"Fewer GPUs do not suffice: {short}.")
     if better := [option for option in before if option.tensor == chosen.tensor]:
         sentences.append(
             f"Better quality does not suffice there: {better[-1].choice.name} holds {better[-1].sequences} "
@@ -59,8 +59,8 @@ def why(
         sentences.append(f"{chosen.choice.name} is the {chosen.choice.tier} tier.")
     if baseline.tokens and chosen.choice.formats != baseline.choice.formats:
         sentences.append(
-            f"The same memory would hold {baseline.tokens:,} tokens in the model's own dtype: "
-            f"{chosen.tokens / baseline.tokens:.2f} times fewer."
+            f"In the model's own dtype the same memory would hold {baseline.tokens:,} tokens: this is "
+            f"{chosen.tokens / baseline.tokens:.2f} times as many."
         )
     if chosen.settings.extra_models:
         sentences.append("Memory of draft models and LoRA adapters is not counted.")
@@ -88,7 +88,7 @@ def insufficient(
         ways.append(f"lower capacity.concurrentSequences to {best.sequences}")
     shorter = _longest_context(best, wanted)
     if shorter:
-        ways.append(f"lower capacity.contextLength to {shorter:,}")
+        ways.append(f"lower capacity.contextLength to {shorter}")
     if lower_tier:
         ways.append(
             f"allow kvCache.quality {lower_tier.choice.tier} ({lower_tier.choice.name} on "

@@ -85,7 +85,6 @@ FAMILIES: Mapping[str, Family] = {
         window_every=2,
         key_bias="attention_bias",
     ),
-    "gemma3": _GEMMA3,
     "gemma3_text": _GEMMA3,
     "glm": Family({"num_key_value_heads": 2, "head_dim": 128}, key_bias="attention_bias"),
     "glm4": Family({"num_key_value_heads": 2, "head_dim": 128}, key_bias="attention_bias"),

@@ -52,8 +52,11 @@ class Option:
     def cache_layout(self) -> CacheLayout | None:
         """None where the engine cannot let the layers' blocks share one pool."""
         whole = layout(layer_caches(self.facts, self.choice.formats, self.tensor, self.settings))
-        # Every pipeline stage holds about an equal share of each group's layers.
-        return whole and CacheLayout(-(-whole.bytes_per_block // self.pipeline), whole.groups)
+        if whole is None or self.pipeline == 1:
+            return whole
+        # The fullest pipeline stage decides; it has the odd layers.
+        stage = -(-self.facts.layers // self.pipeline)
+        return CacheLayout(-(-whole.bytes_per_block * stage // self.facts.layers), whole.groups)
 
     @property
     def tokens(self) -> int:
