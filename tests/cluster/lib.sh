@@ -8,8 +8,8 @@ umask 022
 KUBERNETES_VERSION=v1.34.4 # as in components/go.mod, which also pins etcd 3.6.4 and CoreDNS 1.12.4
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-CLUSTER_DIR=${CLUSTER_DIR:-$(cd "$HERE/../.." && pwd)/.cluster}  # what belongs to the running cluster
-CACHE_DIR=${XDG_CACHE_HOME:-$HOME/.cache}/turboquant-operator    # what is kept between runs
+CLUSTER_DIR=$(realpath -m "${CLUSTER_DIR:-$HERE/../../.cluster}")               # the running cluster's own
+CACHE_DIR=$(realpath -m "${XDG_CACHE_HOME:-$HOME/.cache}/turboquant-operator") # kept between runs
 
 STARTED_AT=${STARTED_AT:-${EPOCHREALTIME/[.,]/}} # inherited by scripts that a script calls
 

@@ -43,7 +43,7 @@ make_cgroup() {
       cat "$root/cpuset.cpus" >"$root/$CGROUP/cpuset.cpus"
       cat "$root/cpuset.mems" >"$root/$CGROUP/cpuset.mems"
     fi
-    if [ -e "$root/cpu.shares" ]; then # version 1: all pods together weigh as much as one process until told otherwise
+    if [ -e "$root/cpu.shares" ]; then # version 1: else all pods together would weigh as much as one process
       echo $((1024 * $(nproc))) >"$root/$CGROUP/cpu.shares"
     fi
   done
@@ -52,7 +52,8 @@ make_cgroup() {
 remove_cgroup() {
   local root change
   for root in $(cgroup_roots); do
-    [ ! -d "$root/$CGROUP" ] || poll 10 find "$root/$CGROUP" -depth -type d -exec rmdir {} + || say "$root/$CGROUP stays: it is in use"
+    [ ! -d "$root/$CGROUP" ] || poll 10 find "$root/$CGROUP" -depth -type d -exec rmdir {} + ||
+      say "$root/$CGROUP stays: a process is still in it"
   done
   if [ -e "$CLUSTER_DIR/state/cgroup-controllers" ]; then
     while read -r root change; do
@@ -65,7 +66,8 @@ remove_cgroup() {
 lock_image_store() {
   stackable "$IMAGE_STORE"
   exec 8<>"$IMAGE_STORE.lock"
-  flock -n 8 || die "the image store is in use by the cluster of $(cat "$IMAGE_STORE.lock")"
+  # Not at once: one that was just ended may take a moment to let go.
+  flock --wait 5 8 || die "the image store is in use by the cluster of $(cat "$IMAGE_STORE.lock")"
   echo "$CLUSTER_DIR" >"$IMAGE_STORE.lock"
 }
 
