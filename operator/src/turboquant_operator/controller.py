@@ -19,7 +19,14 @@ from turboquant_operator.api.spec import Model, TurboQuantDeploymentSpec
 from turboquant_operator.api.status import Plan
 from turboquant_operator.builders.metadata import PLAN_HASH, Manifest
 from turboquant_operator.engine_capacity import Scrape, ScrapeError, scrape_capacity
-from turboquant_operator.kube import ConflictError, ForbiddenError, Kube, RefusedError
+from turboquant_operator.kube import (
+    ConflictError,
+    ForbiddenError,
+    Kube,
+    NotFoundError,
+    RefusedError,
+    RequestError,
+)
 from turboquant_operator.metrics import OperatorMetrics
 from turboquant_operator.model_source import facts_of, read_public_model, unsupported_source
 from turboquant_operator.planner.outcome import NoPlan, refused, unknown
@@ -53,8 +60,11 @@ Key = tuple[str, str]
 """Namespace and name of an object."""
 
 LOOK_AGAIN_SECONDS = 30.0
-"""Until the next pass over an object that waits for something no watch tells of: the hub, an engine's
-metrics page, a ConfigMap of the user's."""
+"""Until the next pass over an object that waits for something no watch tells of: the hub, nodes, a ConfigMap
+of the user's."""
+
+SCRAPE_AGAIN_SECONDS = 10.0
+"""Until an engine whose metrics page did not tell its capacity is asked again."""
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +90,8 @@ class _Memory:
     source: str = ""
     document: Document | None = None
     """The model `source`: the ConfigMap that keeps it may not be indexed yet."""
+    scrape_after: float = 0.0
+    """Time on the monotonic clock before which no engine is asked again: one has just not answered."""
     capacities: Mapping[str, int] = field(default_factory=dict)
     """Tokens by container id. A container's cache has one size for its whole life."""
 
@@ -118,6 +130,10 @@ class Controller:
             started = time.monotonic()
             try:
                 await self.reconcile(key)
+            except NotFoundError as error:
+                # The object or its namespace was deleted in the middle of the pass.
+                logger.info("%s/%s: gone: %s", *key, error)
+                self.queue.done(key)
             except ConflictError:
                 # Read before the last write was indexed; that write's event is on its way.
                 self.queue.add_after(key, 0.2)
@@ -265,8 +281,8 @@ class Controller:
                 break
         for manifest in wanted.delete:
             await asyncio.to_thread(self._kube.delete, manifest)
-        if wanted.scale_down_to is not None:
-            await asyncio.to_thread(self._kube.scale, owner.namespace, owner.name, wanted.scale_down_to)
+        for manifest in wanted.merge:
+            await asyncio.to_thread(self._kube.merge, manifest)
         return Children(by_name), refusal
 
     def _apply_one(self, owner: Identity, manifest: Manifest, live: Manifest | None) -> Manifest:
@@ -278,7 +294,14 @@ class Controller:
                 f"{manifest['kind']} {metadata['name']} exists and does not belong to this object: "
                 "delete or rename one of the two."
             )
-        return self._kube.apply(manifest)
+        try:
+            return self._kube.apply(manifest)
+        except RefusedError:
+            if live is None:
+                raise
+            # Somebody's entry may stand in a list where ours would have to stand beside it, such as a
+            # Service's port of the same name: then the list is ours alone.
+            return self._kube.merge(manifest)
 
     async def _measure(
         self, key: Key, deployment: Manifest | None, pods: Iterable[Manifest]
@@ -287,17 +310,22 @@ class Controller:
         if deployment is None:
             return ()
         plan_hash = template_plan_hash(deployment)
-        known, capacities = self._memory[key].capacities, {}
+        memory = self._memory[key]
+        known, capacities = memory.capacities, {}
         for pod in pods:
             if not is_ready(pod) or pod["metadata"]["labels"].get(PLAN_HASH) != plan_hash:
                 continue
             container = _engine_container_id(pod)
-            try:
-                capacities[container] = known.get(container) or await self._scrape(pod["status"]["podIP"])
-            except ScrapeError as error:
-                logger.warning("%s/%s: capacity not read: %s", *key, error)
-                self.queue.add_after(key, LOOK_AGAIN_SECONDS)
-        self._memory[key].capacities = capacities
+            if container in known:
+                capacities[container] = known[container]
+            elif time.monotonic() >= memory.scrape_after:
+                try:
+                    capacities[container] = await self._scrape(pod["status"]["podIP"])
+                except ScrapeError as error:
+                    logger.warning("%s/%s: capacity not read: %s", *key, error)
+                    memory.scrape_after = time.monotonic() + SCRAPE_AGAIN_SECONDS
+                    self.queue.add_after(key, SCRAPE_AGAIN_SECONDS)
+        memory.capacities = capacities
         return tuple(capacities.values())
 
     async def _write_status(
@@ -320,7 +348,9 @@ class Controller:
         if body is None:
             return
         owner, previous = Identity.of(body), body.get("status", {})
-        message = f"{type(error).__name__}: {error}"
+        # The same error must read the same each time: a status that changes brings another pass at once.
+        known = isinstance(error, RequestError)
+        message = str(error) if known else f"{type(error).__name__}: the operator's log tells more."
         with contextlib.suppress(Exception):
             await self._write_status(
                 owner, previous, failed_status(owner, previous, message, datetime.now(UTC))

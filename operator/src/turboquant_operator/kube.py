@@ -25,19 +25,27 @@ REQUEST_SECONDS = 30
 
 
 _UNREADABLE_MANIFEST = ("failed to create typed patch object", "failed to convert new object")
-"""How Kubernetes 1.34 begins its answer to a server-side apply with an unknown field or a value of the wrong
-type. Its status is 500 then, as if the fault were the server's."""
+"""How Kubernetes 1.34 begins its answer to a server-side apply with an unknown field, a value of the wrong
+type or two list entries of one name. Its status is 500 then, as if the fault were the server's."""
 
 
-class RefusedError(Exception):
-    """The API server refuses a manifest for what is in it: no later try can succeed."""
+class RequestError(Exception):
+    """The API server answered with an error. The text is its message, and the same for the same error."""
 
 
-class ForbiddenError(Exception):
-    """The API server forbids the request: a quota, an admission policy, or missing rights."""
+class RefusedError(RequestError):
+    """It refuses a manifest for what is in it: no later try can succeed."""
 
 
-class ConflictError(Exception):
+class ForbiddenError(RequestError):
+    """It forbids the request: a quota, an admission policy, or missing rights."""
+
+
+class NotFoundError(RequestError):
+    """The object, or its namespace, is not there."""
+
+
+class ConflictError(RequestError):
     """The object has changed since it was read; the event of that change brings the next pass."""
 
 
@@ -118,15 +126,16 @@ class Kube:
         """One object, None where there is none."""
         try:
             return self._request("get", self._path(kind, namespace, name))
-        except LookupError:
+        except NotFoundError:
             return None
 
-    def scale(self, namespace: str, name: str, replicas: int) -> None:
-        """Sets a Deployment's replicas and nothing else."""
-        self._request(
+    def merge(self, manifest: Manifest) -> Manifest:
+        """Merge patch: sets the manifest's fields, and its lists whole, without regard to who owns what."""
+        metadata = manifest["metadata"]
+        return self._request(
             "patch",
-            self._path("Deployment", namespace, name),
-            body={"spec": {"replicas": replicas}},
+            self._path(manifest["kind"], metadata["namespace"], metadata["name"]),
+            body=manifest,
             content_type="application/merge-patch+json",
             field_manager=MANAGER,
         )
@@ -136,7 +145,7 @@ class Kube:
         metadata = child["metadata"]
         path = self._path(child["kind"], metadata["namespace"], metadata["name"])
         body = {"preconditions": {"uid": metadata["uid"]}, "propagationPolicy": "Background"}
-        with contextlib.suppress(LookupError, ConflictError):
+        with contextlib.suppress(NotFoundError, ConflictError):
             self._request("delete", path, body=body)
 
     def list_nodes(self) -> list[Manifest] | None:
@@ -194,19 +203,21 @@ class Kube:
         return manifest
 
 
-def _typed(error: DynamicApiError) -> Exception:
-    """The error by what follows from it; those that a later try may cure stay as they are."""
+_ERRORS: dict[int, type[RequestError]] = {
+    HTTPStatus.BAD_REQUEST: RefusedError,
+    HTTPStatus.UNPROCESSABLE_ENTITY: RefusedError,
+    HTTPStatus.FORBIDDEN: ForbiddenError,
+    HTTPStatus.NOT_FOUND: NotFoundError,
+    HTTPStatus.CONFLICT: ConflictError,
+}
+
+
+def _typed(error: DynamicApiError) -> RequestError:
+    """The error by what follows from it."""
     message = _message(error)
-    if error.status == HTTPStatus.NOT_FOUND:
-        return LookupError(message)
-    if error.status == HTTPStatus.CONFLICT:
-        return ConflictError(message)
-    refused = error.status in (HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY)
-    if refused or message.startswith(_UNREADABLE_MANIFEST):
+    if message.startswith(_UNREADABLE_MANIFEST):
         return RefusedError(message)
-    if error.status == HTTPStatus.FORBIDDEN:
-        return ForbiddenError(message)
-    return error
+    return _ERRORS.get(error.status, RequestError)(message)
 
 
 def _message(error: DynamicApiError) -> str:

@@ -102,8 +102,8 @@ class Desired:
 
     apply: tuple[Manifest, ...] = ()
     delete: tuple[Manifest, ...] = ()
-    scale_down_to: int | None = None
-    """Replicas of a Deployment that must shrink although there is no plan to apply it whole."""
+    merge: tuple[Manifest, ...] = ()
+    """Parts to be written where there is no plan to apply the whole: a Deployment that must shrink."""
 
 
 @dataclass(frozen=True)
@@ -229,12 +229,12 @@ def desired(
     elif planned.inspect and inspection is None:
         apply.append(inspection_pod(owner, spec, images.of(spec), planned.source))
 
-    scale_down_to = None
+    merge: list[Manifest] = []
     wanted = 0 if spec.suspend else spec.replicas
     if plan is not None and not spec.plan_only:
         apply += _serving(owner, spec, planned, plan, images)
     else:
-        scale_down_to = _scale_down(owner, children, wanted)
+        merge += _scale_down(owner, children, wanted)
 
     budget = children.get("PodDisruptionBudget", owner.name)
     if wanted <= 1 and budget is not None:
@@ -242,7 +242,7 @@ def desired(
     return Desired(
         tuple(marked(manifest) for manifest in apply),
         tuple(manifest for manifest in delete if owner.owns(manifest)),
-        scale_down_to,
+        tuple(merge),
     )
 
 
@@ -277,11 +277,13 @@ def _is_spent(pod: Manifest, planned: Planned, now: datetime) -> bool:
     return now - datetime.fromisoformat(finished) > INSPECTION_RETRY
 
 
-def _scale_down(owner: Identity, children: Children, wanted: int) -> int | None:
+def _scale_down(owner: Identity, children: Children, wanted: int) -> list[Manifest]:
+    """The replicas of a Deployment that has more than are wanted, and nothing else of it."""
     running = children.get("Deployment", owner.name)
-    if running is None or running["spec"].get("replicas", 1) <= wanted:
-        return None
-    return wanted
+    if running is None or not owner.owns(running) or running["spec"].get("replicas", 1) <= wanted:
+        return []
+    metadata = {"namespace": owner.namespace, "name": owner.name}
+    return [{"kind": "Deployment", "metadata": metadata, "spec": {"replicas": wanted}}]
 
 
 def marked(manifest: Manifest) -> Manifest:

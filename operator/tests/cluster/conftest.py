@@ -33,17 +33,19 @@ def kubelet(api_client: kubernetes.client.ApiClient, namespace: str) -> Kubelet:
     return Kubelet(api_client, namespace)
 
 
-@pytest.fixture
-def stopped_operator(kubeconfig: Path, namespace: str, tmp_path: Path) -> Iterator[OperatorProcess]:
-    operator = OperatorProcess(kubeconfig, namespace, tmp_path / "operator.log")
+@pytest.fixture(scope="session")
+def operator_process(kubeconfig: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OperatorProcess]:
+    operator = OperatorProcess(kubeconfig, tmp_path_factory.mktemp("operator") / "operator.log")
     yield operator
     operator.kill()
 
 
 @pytest.fixture
-def operator(stopped_operator: OperatorProcess) -> OperatorProcess:
-    stopped_operator.start()
-    return stopped_operator
+def operator(operator_process: OperatorProcess) -> OperatorProcess:
+    """The one operator of the session, running. A test may kill it."""
+    if not operator_process.running:
+        operator_process.start()
+    return operator_process
 
 
 Serve = Callable[..., dict[str, Any]]

@@ -4,11 +4,13 @@ The test API server has controllers but no node, so pods stay Pending until a te
 """
 
 import json
+from datetime import UTC, datetime
 from typing import Any
 
 import kubernetes
 
-FINISHED = {"startedAt": "2026-01-01T00:00:00Z", "finishedAt": "2026-01-01T00:00:01Z"}
+NOW = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+FINISHED = {"startedAt": NOW, "finishedAt": NOW}
 
 
 class Kubelet:
@@ -31,7 +33,7 @@ class Kubelet:
 
     def ready(self, pod: str, address: str = "127.0.0.1") -> None:
         """An engine that serves."""
-        state = {"running": {"startedAt": FINISHED["startedAt"]}}
+        state = {"running": {"startedAt": NOW}}
         self._set(
             pod,
             "Running",
@@ -77,6 +79,8 @@ class Kubelet:
         self._set(pod, "Pending", [_waiting("ContainerCreating", "")])
 
     def _set(self, pod: str, phase: str, containers: list[dict[str, Any]], **status: Any) -> None:
+        for container in containers:
+            container["containerID"] = f"test://{pod}/{container['name']}"
         body = {"status": {"phase": phase, "containerStatuses": containers, **status}}
         self._pods.patch_namespaced_pod_status(
             pod, self._namespace, body, _content_type="application/merge-patch+json"
@@ -88,7 +92,6 @@ def _container(name: str, state: dict[str, Any], ready: bool = False) -> dict[st
         "name": name,
         "image": "test",
         "imageID": "",
-        "containerID": f"test://{name}",
         "ready": ready,
         "restartCount": 0,
         "state": state,
@@ -105,5 +108,5 @@ def _condition(kind: str, status: str, reason: str = "", message: str = "") -> d
         "status": status,
         "reason": reason,
         "message": message,
-        "lastTransitionTime": FINISHED["startedAt"],
+        "lastTransitionTime": NOW,
     }

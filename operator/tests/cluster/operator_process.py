@@ -1,12 +1,13 @@
-"""The operator as a process of its own, and the namespace that it serves, as a test sees them."""
+"""The operator as a process of its own, and a namespace that it serves, as a test sees them."""
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +24,7 @@ PROMPTLY = 10.0
 """Seconds within which the object tells what a pod or Deployment shows."""
 
 
-def eventually(look: Callable[[], Found], seconds: float = PROMPTLY) -> Found:
+def eventually(look: Callable[[], Found], seconds: float = 30.0) -> Found:
     """The first true value that `look` returns. Its last assertion is what a failing test shows."""
     deadline = time.monotonic() + seconds
     while True:
@@ -46,10 +47,9 @@ def free_port() -> int:
 
 
 class OperatorProcess:
-    """`kopf run` on one namespace, as the chart runs it."""
+    """`kopf run` on all namespaces, as the chart runs it."""
 
-    def __init__(self, kubeconfig: Path, namespace: str, log: Path) -> None:
-        self._namespace = namespace
+    def __init__(self, kubeconfig: Path, log: Path) -> None:
         self._log = log
         self.metrics_port = free_port()
         self.health_port = free_port()
@@ -58,7 +58,7 @@ class OperatorProcess:
             "KUBECONFIG": str(kubeconfig),
             "HF_HUB_OFFLINE": "1",
             "HF_HOME": str(log.parent / "hub"),
-            "POD_NAMESPACE": namespace,
+            "POD_NAMESPACE": "default",
             "POD_NAME": "operator-under-test",
             "TURBOQUANT_METRICS_PORT": str(self.metrics_port),
             "TURBOQUANT_RUNTIME_IMAGE": "registry.test/runtime:gpu",
@@ -67,36 +67,42 @@ class OperatorProcess:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Starts it; it works once its watches are open, about two seconds later."""
+        """Starts it, and returns when it answers."""
         command = [sys.executable, "-m", "kopf", "run", "-m", "turboquant_operator.handlers", "--standalone"]
-        command += ["--namespace", self._namespace]
-        command += [f"--liveness=http://127.0.0.1:{self.health_port}/healthz", "--log-format=json"]
+        command += [
+            "--all-namespaces",
+            f"--liveness=http://127.0.0.1:{self.health_port}/healthz",
+            "--log-format=json",
+        ]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(command, env=self._environment, stdout=log, stderr=log)
+        eventually(self.metrics, 60)
 
     def kill(self) -> None:
         """SIGKILL: no clean-up of any kind."""
-        self._end(signal.SIGKILL)
-
-    def stop(self) -> None:
-        """SIGTERM, as Kubernetes ends a pod."""
-        self._end(signal.SIGTERM)
-
-    def _end(self, how: signal.Signals) -> None:
         if self._process is not None:
-            self._process.send_signal(how)
+            self._process.kill()
             self._process.wait(30)
             self._process = None
+
+    def metrics(self) -> str:
+        """Its metrics page, empty while it does not answer."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics") as page:
+                return str(page.read().decode())
+        except urllib.error.URLError:
+            return ""
 
     @property
     def running(self) -> bool:
         """Whether the process is alive."""
         return self._process is not None and self._process.poll() is None
 
-    def log(self) -> list[dict[str, Any]]:
-        """What it has logged since the first start."""
-        lines = self._log.read_text().splitlines()
-        return [json.loads(line) for line in lines if line.startswith("{")]
+    def errors(self, namespace: str) -> list[str]:
+        """What it has logged of failures in a namespace."""
+        lines = [json.loads(line) for line in self._log.read_text().splitlines() if line.startswith("{")]
+        failures = [line["message"] for line in lines if line.get("severity") == "error"]
+        return [message for message in failures if namespace in message]
 
 
 class Workspace:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from kubelet_player import Kubelet
-from operator_process import Workspace, eventually
+from operator_process import PROMPTLY, Workspace, eventually
 
 pytestmark = pytest.mark.cluster
 
@@ -17,45 +17,47 @@ def pod(planned: Any, workspace: Workspace) -> str:
     return str(name)
 
 
-def degraded(workspace: Workspace, reason: str, words: str) -> bool:
-    """Whether Degraded and Ready both tell it."""
-    for kind, status in (("Degraded", "True"), ("Ready", "False")):
-        condition = workspace.condition("gemma", kind)
-        assert (condition["status"], condition["reason"]) == (status, reason)
-        assert words in condition["message"]
-    return True
+def told(workspace: Workspace, reason: str, words: str) -> bool:
+    """Whether Degraded and Ready both tell it, in time."""
+
+    def look() -> bool:
+        for kind, status in (("Degraded", "True"), ("Ready", "False")):
+            condition = workspace.condition("gemma", kind)
+            assert (condition["status"], condition["reason"]) == (status, reason)
+            assert words in condition["message"]
+        return True
+
+    return eventually(look, PROMPTLY)
 
 
 def test_image_that_cannot_be_pulled(pod: str, kubelet: Kubelet, workspace: Workspace) -> None:
     kubelet.image_pull_fails(pod, "registry.test/runtime:cpu: not found")
-    assert eventually(lambda: degraded(workspace, "ImagePullFailed", "registry.test/runtime:cpu: not found"))
+    assert told(workspace, "ImagePullFailed", "registry.test/runtime:cpu: not found")
 
 
 def test_pod_that_no_node_takes(pod: str, kubelet: Kubelet, workspace: Workspace) -> None:
     kubelet.unschedulable(pod, "0/3 nodes are available: 3 Insufficient nvidia.com/gpu.")
-    assert eventually(lambda: degraded(workspace, "Unschedulable", "3 Insufficient nvidia.com/gpu"))
+    assert told(workspace, "Unschedulable", "3 Insufficient nvidia.com/gpu")
 
 
 def test_missing_secret(pod: str, kubelet: Kubelet, workspace: Workspace) -> None:
     kubelet.config_error(pod, 'secret "hf-token" not found')
-    assert eventually(
-        lambda: degraded(workspace, "CreateContainerConfigError", 'secret "hf-token" not found')
-    )
+    assert told(workspace, "CreateContainerConfigError", 'secret "hf-token" not found')
 
 
 def test_crash_loop_with_the_engines_last_words(pod: str, kubelet: Kubelet, workspace: Workspace) -> None:
     kubelet.crashed(pod, "ValueError: head_dim 72 is not one of ...")
-    assert eventually(lambda: degraded(workspace, "CrashLoop", "ValueError: head_dim 72"))
+    assert told(workspace, "CrashLoop", "ValueError: head_dim 72")
 
 
 def test_out_of_memory_kill(pod: str, kubelet: Kubelet, workspace: Workspace) -> None:
     kubelet.crashed(pod, "", reason="OOMKilled", exit_code=137)
-    assert eventually(lambda: degraded(workspace, "OOMKilled", "resources.limits.memory"))
+    assert told(workspace, "OOMKilled", "resources.limits.memory")
 
 
 def test_volume_that_cannot_be_mounted(pod: str, kubelet: Kubelet, workspace: Workspace) -> None:
     kubelet.failed_mount(pod, 'MountVolume.SetUp failed: secret "tls" not found')
-    assert eventually(lambda: degraded(workspace, "FailedMount", 'secret "tls" not found'))
+    assert told(workspace, "FailedMount", 'secret "tls" not found')
 
 
 def test_quota_that_refuses_pods(planned: Any, workspace: Workspace) -> None:
@@ -63,7 +65,7 @@ def test_quota_that_refuses_pods(planned: Any, workspace: Workspace) -> None:
     workspace.make({**quota, "spec": {"hard": {"limits.memory": "1Gi"}}})
     eventually(lambda: workspace.get("ResourceQuota", "none")["status"]["hard"])
     planned(pod={"resources": {"limits": {"memory": "8Gi"}, "requests": {"memory": "8Gi"}}})
-    assert eventually(lambda: degraded(workspace, "ReplicaFailure", "exceeded quota"))
+    assert told(workspace, "ReplicaFailure", "exceeded quota")
 
 
 def test_problem_that_is_over_leaves_the_object(pod: str, kubelet: Kubelet, workspace: Workspace) -> None:
