@@ -1,0 +1,124 @@
+"""The metrics on a real OpenAI server, with its engine core and worker in processes of their own."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from turboquant_kernels.formats import BF16, KVFormat
+
+pytestmark = pytest.mark.engine
+
+MEMORY, BLOCK, MAX_LEN, LAYERS, KV_HEADS, HEAD_DIM = 16 << 20, 16, 4096, 4, 2, 128
+
+
+class Server:
+    def __init__(self, port: int) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(self.url + path, timeout=60) as response:
+            return response.read().decode()
+
+    def stream(self, prompt: list[int], max_tokens: int) -> Iterator[dict]:
+        """The chunks of a streamed completion; closing the iterator cancels the request."""
+        body = {
+            "model": "dummy",
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "ignore_eos": True,
+            "stream": True,
+        }
+        request = urllib.request.Request(
+            self.url + "/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=120) as response:
+            for line in response:
+                if line.startswith(b"data: {"):
+                    yield json.loads(line[6:])
+
+    def metrics(self) -> dict[str, float]:
+        """Every sample without its labels."""
+        families = text_string_to_metric_families(self.get("/metrics"))
+        return {sample.name: sample.value for family in families for sample in family.samples}
+
+
+@pytest.fixture(scope="module")
+def server(dummy_model, tmp_path_factory) -> Iterator[Server]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = {
+        "model": dummy_model("LLAMA"),
+        "served-model-name": "dummy",
+        "load-format": "dummy",
+        "kv-cache-dtype": "tq-k4v4",
+        "kv-cache-memory-bytes": MEMORY,
+        "block-size": BLOCK,
+        "max-model-len": MAX_LEN,
+        "max-num-batched-tokens": 512,
+        "max-num-seqs": 4,
+        "port": port,
+    }
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
+    command += [f"--{name}={value}" for name, value in arguments.items()]
+    environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    log = tmp_path_factory.mktemp("server") / "log"
+    with (
+        log.open("w") as output,
+        subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment) as process,
+    ):
+        running = Server(port)
+        deadline = time.monotonic() + 600
+        while True:
+            try:
+                running.get("/health")
+                break
+            except OSError:
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(1)
+        yield running
+        process.terminate()
+
+
+def test_capacity_and_gain_stand_on_the_engines_metrics(server: Server) -> None:
+    metrics = server.metrics()
+    token = LAYERS * KV_HEADS * KVFormat(4, 4).slot_bytes(HEAD_DIM)
+    plain_token = LAYERS * KV_HEADS * BF16.slot_bytes(HEAD_DIM)
+    blocks = MEMORY // (token * BLOCK)
+    baseline = blocks * token * BLOCK // (plain_token * BLOCK) * BLOCK
+    assert metrics["turboquant_kv_capacity_tokens"] == blocks * BLOCK
+    assert metrics["turboquant_kv_baseline_capacity_tokens"] == baseline
+    assert metrics["turboquant_kv_capacity_gain_ratio"] == pytest.approx(blocks * BLOCK / baseline)
+    assert metrics["turboquant_kv_bytes_per_token"] == token
+    assert metrics["turboquant_kv_usage_ratio"] == 0
+
+
+def test_used_tokens_follow_a_request_of_known_length(server: Server) -> None:
+    prompt = [3 + i % 90 for i in range(100)]
+    generated_before = server.metrics()["vllm:generation_tokens_total"]
+    chunks = server.stream(prompt, max_tokens=3000)
+    for _ in range(3):
+        for _ in range(20):
+            next(chunks)
+        metrics = server.metrics()
+        length = len(prompt) + metrics["vllm:generation_tokens_total"] - generated_before
+        # The newest token is stored in the next step, whose block vLLM may have taken already.
+        possible = {-(-tokens // BLOCK) * BLOCK for tokens in (length - 1, length, length + 1)}
+        assert metrics["turboquant_kv_used_tokens"] in possible
+        capacity = metrics["turboquant_kv_capacity_tokens"]
+        assert metrics["turboquant_kv_headroom_tokens"] == capacity - metrics["turboquant_kv_used_tokens"]
+    chunks.close()
+    for _ in range(30):
+        if server.metrics()["turboquant_kv_used_tokens"] == 0:
+            return
+        time.sleep(1)
+    pytest.fail("a cancelled request still holds tokens")
