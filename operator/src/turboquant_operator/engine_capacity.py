@@ -27,7 +27,7 @@ async def scrape_capacity(address: str) -> int:
         async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url) as response:
             response.raise_for_status()
             text = await response.text()
-    except (aiohttp.ClientError, TimeoutError) as error:
+    except (aiohttp.ClientError, TimeoutError, UnicodeDecodeError) as error:
         raise ScrapeError(f"{url}: {error or type(error).__name__}") from error
     # Thousands of lines on a busy engine: parsed where it does not hold up the event loop.
     return await asyncio.to_thread(capacity_in, text)
@@ -39,13 +39,16 @@ def capacity_in(text: str) -> int:
     Source: `vllm:cache_config_info`, label `kv_cache_size_tokens` (vLLM 0.25.1). Engine processes of one pod
     (data parallelism) add up. Raises ScrapeError where the page has no such number.
     """
-    tokens = [
-        int(sample.labels["kv_cache_size_tokens"])
-        for family in text_string_to_metric_families(text)
-        if family.name == "vllm:cache_config_info"
-        for sample in family.samples
-        if sample.labels.get("kv_cache_size_tokens", "").isdigit()
-    ]
+    try:
+        tokens = [
+            int(sample.labels["kv_cache_size_tokens"])
+            for family in text_string_to_metric_families(text)
+            if family.name == "vllm:cache_config_info"
+            for sample in family.samples
+            if sample.labels.get("kv_cache_size_tokens", "").isdigit()
+        ]
+    except ValueError as error:
+        raise ScrapeError(f"no metrics page: {error}") from error
     if not tokens:
         raise ScrapeError("no vllm:cache_config_info with kv_cache_size_tokens")
     return sum(tokens)

@@ -163,10 +163,10 @@ def known_document(owner: Identity, children: Children, source: str) -> Document
     if pod is None or pod.get("status", {}).get("phase") != "Succeeded":
         return None
     try:
-        document: Document = json.loads(_last_words(pod))
+        document = json.loads(_last_words(pod))
     except ValueError:
         return None
-    return document
+    return document if isinstance(document, dict) else None
 
 
 def waiting_for_inspection(owner: Identity, children: Children, source: str) -> NoPlan:

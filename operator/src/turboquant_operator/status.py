@@ -253,6 +253,8 @@ def _judge_rollout(
 
     if rollout.complete:
         conditions.set("Progressing", "False", "Complete", ready)
+    elif conditions.found["PlanFits"].reason == "InspectingModel":
+        conditions.set("Progressing", "True", "InspectingModel", conditions.found["PlanFits"].message)
     elif not startable:
         conditions.set("Progressing", "False", "NotStarted", "No pod is made for the present spec")
     elif spec.plan_only:

@@ -1,24 +1,16 @@
 """The operator under test against a real API server with controllers, and a played kubelet."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import kubernetes
 import pytest
+from gemma_object import GEMMA, inspect
 from kubelet_player import Kubelet
 from operator_process import OperatorProcess, Workspace, eventually
 
 from turboquant_operator.api import KIND
-
-MODEL = Path(__file__).parents[1] / "planner" / "configs" / "gemma-3-270m.json"
-WEIGHTS = {"BF16": 536_223_056}
-
-
-@pytest.fixture(scope="session")
-def api_client(kubeconfig: Path) -> kubernetes.client.ApiClient:
-    return kubernetes.config.new_client_from_config(str(kubeconfig))
 
 
 @pytest.fixture
@@ -56,7 +48,7 @@ def planned(workspace: Workspace, kubelet: Kubelet, operator: OperatorProcess) -
     """Makes an object whose model has been inspected, so that it has a plan. More of the spec by keywords."""
 
     def make(name: str = "gemma", **spec: Any) -> dict[str, Any]:
-        workspace.create(name, {**CPU_SPEC, **spec})
+        workspace.create(name, {**GEMMA, **spec})
         inspect(workspace, kubelet, name)
         eventually(lambda: workspace.condition(name, "PlanFits")["status"] == "True")
         return workspace.get(KIND, name)
@@ -76,18 +68,3 @@ def serving(workspace: Workspace, kubelet: Kubelet, planned: Serve) -> Serve:
         return workspace.get(KIND, name)
 
     return make
-
-
-CPU_SPEC: dict[str, Any] = {
-    "model": {"uri": "pvc://models/gemma"},
-    "accelerator": {"type": "cpu"},
-    "kvCache": {"format": "tq-k4v4", "memory": "1Gi"},
-    "capacity": {"contextLength": 8192},
-}
-
-
-def inspect(workspace: Workspace, kubelet: Kubelet, name: str) -> None:
-    """Lets the inspection pod of an object read Gemma-3-270m."""
-    pod = f"{name}-inspect"
-    eventually(lambda: workspace.exists("Pod", pod))
-    kubelet.inspected(pod, json.loads(MODEL.read_text()), WEIGHTS)

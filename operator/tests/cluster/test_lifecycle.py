@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import pytest
-from conftest import CPU_SPEC, inspect
+from gemma_object import GEMMA, inspect
 from kubelet_player import Kubelet
 from operator_process import OperatorProcess, Workspace, eventually
 
@@ -86,7 +86,7 @@ def test_nothing_is_written_when_nothing_changes(serving: Any, workspace: Worksp
     # An event of a child brings a pass, which finds all as it should be.
     workspace.patch("Service", "gemma", {"metadata": {"labels": {"team": "a"}}})
     service = workspace.get("Service", "gemma")["metadata"]["resourceVersion"]
-    workspace.create("other", CPU_SPEC)
+    workspace.create("other", GEMMA)
     eventually(lambda: workspace.exists("Pod", "other-inspect"))
     assert workspace.get(KIND, "gemma")["metadata"]["resourceVersion"] == settled
     assert workspace.get("Service", "gemma")["metadata"]["resourceVersion"] == service
@@ -206,7 +206,7 @@ def test_changed_model_is_inspected_anew(serving: Any, workspace: Workspace) -> 
 def test_pod_field_that_the_api_server_refuses_is_told_and_not_retried(
     kubelet: Kubelet, workspace: Workspace, operator: OperatorProcess
 ) -> None:
-    workspace.create("gemma", {**CPU_SPEC, "pod": {"volumes": [{"name": "tmp", "emptyDir": {}}]}})
+    workspace.create("gemma", {**GEMMA, "pod": {"volumes": [{"name": "tmp", "emptyDir": {}}]}})
     inspect(workspace, kubelet, "gemma")
     eventually(lambda: ready_reason(workspace) == "InvalidPod")
     condition = workspace.condition("gemma", "Accepted")
@@ -233,7 +233,7 @@ def test_claim_with_a_size_is_made(workspace: Workspace, operator: OperatorProce
         "contextLength": 1024,
     }
     model = {"uri": "hf://example/tiny", "architecture": architecture, "cache": cache}
-    workspace.create("tiny", {**CPU_SPEC, "model": model, "capacity": {"contextLength": 1024}})
+    workspace.create("tiny", {**GEMMA, "model": model, "capacity": {"contextLength": 1024}})
     claim = eventually(lambda: workspace.get("PersistentVolumeClaim", "weights"))
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
     assert claim["spec"]["resources"]["requests"]["storage"] == "20Gi"

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from conftest import CPU_SPEC, inspect
+from gemma_object import GEMMA, inspect
 from kubelet_player import Kubelet
 from operator_process import OperatorProcess, Workspace, eventually
 
@@ -79,7 +79,7 @@ def test_changes_made_while_the_operator_was_away_are_caught_up(
     operator.kill()
     workspace.delete("Service", "gemma")
     workspace.scale("gemma", 2)
-    workspace.create("other", CPU_SPEC)
+    workspace.create("other", GEMMA)
     operator.start()
     assert eventually(lambda: workspace.exists("Service", "gemma"), 30)
     assert eventually(lambda: workspace.get("Deployment", "gemma")["spec"]["replicas"] == 2)
@@ -111,7 +111,7 @@ def test_operator_killed_in_a_rollout_converges_to_the_same_children(
     """SIGKILL at several times after the model is read, when the children are being made."""
     import time
 
-    workspace.create("gemma", {**CPU_SPEC, "replicas": 2})
+    workspace.create("gemma", {**GEMMA, "replicas": 2})
     inspect(workspace, kubelet, "gemma")
     time.sleep(seconds)
     operator.kill()

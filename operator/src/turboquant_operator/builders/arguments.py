@@ -8,6 +8,7 @@ from turboquant_kernels.plans import KVPlan
 from turboquant_operator.api.schema import parse_quantity
 from turboquant_operator.api.spec import TurboQuantDeploymentSpec
 from turboquant_operator.api.status import Plan
+from turboquant_operator.planner.accelerators import CPU
 
 ENGINE_PORT = 8000
 """The engine's port in its pod. `spec.service.port` is the Service's, which may be one below 1024."""
@@ -62,6 +63,9 @@ def engine_arguments(
     flat = [f"{flag}={value}" for flag, value in arguments.items()]
     if spec.kv_cache.skip_layers:
         flat += ["--kv-cache-dtype-skip-layers", *map(str, spec.kv_cache.skip_layers)]
+    if spec.accelerator.type == CPU:
+        # The CPU image has no compiler, which graphs would call at start.
+        flat.append("--enforce-eager")
     if spec.model.trust_remote_code:
         flat.append("--trust-remote-code")
     return flat + list(spec.engine.args)
@@ -71,9 +75,10 @@ def engine_environment(spec: TurboQuantDeploymentSpec) -> list[dict[str, Any]]:
     """The engine's environment. Secrets are named, never read; the user's variables come last."""
     environment: list[dict[str, Any]] = [
         {"name": "HOME", "value": CACHE_DIRECTORY},
-        {"name": "HF_HOME", "value": WEIGHTS_DIRECTORY},
         {"name": "VLLM_ENGINE_READY_TIMEOUT_S", "value": str(spec.engine.startup_timeout_seconds)},
     ]
+    if not spec.model.uri.startswith("pvc://"):
+        environment.append({"name": "HF_HOME", "value": WEIGHTS_DIRECTORY})
     if spec.service.api_key_secret_ref is not None:
         environment.append(_from_secret("VLLM_API_KEY", spec.service.api_key_secret_ref.name, "api-key"))
     environment += credentials(spec)

@@ -18,8 +18,7 @@ from turboquant_operator.builders.arguments import (
     engine_environment,
 )
 from turboquant_operator.builders.metadata import PLAN_HASH, Manifest, child, labels, selector
-
-GPU_RESOURCE = "nvidia.com/gpu"
+from turboquant_operator.planner.accelerators import GPU_RESOURCE, PRODUCT_LABEL, catalogue
 
 STARTUP_PERIOD_SECONDS = 10
 PROGRESS_MARGIN_SECONDS = 600
@@ -39,8 +38,8 @@ SECURE_CONTAINER: dict[str, Any] = {
 SECURE_POD: dict[str, Any] = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
 """Together they meet the restricted Pod Security Standard."""
 
-CACHE_GROUP = 1000
-"""Group that owns the files of a cache claim, so that a non-root engine may write to a fresh volume."""
+CACHE_GROUP = 65532
+"""The runtime images' group: it owns the files of a cache claim, so that engines may write to a fresh one."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def _pod_template(owner: Identity, spec: TurboQuantDeploymentSpec, engine: Engin
     optional = {
         "nodeSelector": pod.node_selector,
         "tolerations": list(pod.tolerations),
-        "affinity": pod.affinity,
+        "affinity": affinity(pod.affinity, engine.plan.accelerator),
         "priorityClassName": pod.priority_class_name,
         "runtimeClassName": pod.runtime_class_name,
         "imagePullSecrets": [{"name": secret.name} for secret in pod.image_pull_secrets],
@@ -111,6 +110,22 @@ def _pod_template(owner: Identity, spec: TurboQuantDeploymentSpec, engine: Engin
     if pod.annotations:
         metadata["annotations"] = dict(pod.annotations)
     return {"metadata": metadata, "spec": pod_spec}
+
+
+def affinity(asked: dict[str, Any] | None, accelerator: str) -> dict[str, Any] | None:
+    """The user's affinity, and that pods go to nodes of the GPU that was planned for.
+
+    Nodes whose label names another GPU are left out; those without the label are not, since GPU feature
+    discovery may be missing. Whoever writes a node affinity of their own decides alone.
+    """
+    gpu = catalogue().get(accelerator)
+    if gpu is None or "nodeAffinity" in (asked or {}):
+        return asked
+    product = {"key": PRODUCT_LABEL, "operator": "In", "values": list(gpu.products)}
+    unlabelled = {"key": PRODUCT_LABEL, "operator": "DoesNotExist"}
+    terms = [{"matchExpressions": [product]}, {"matchExpressions": [unlabelled]}]
+    required = {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}
+    return {**(asked or {}), "nodeAffinity": required}
 
 
 def _pod_security(spec: TurboQuantDeploymentSpec) -> dict[str, Any]:

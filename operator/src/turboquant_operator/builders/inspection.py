@@ -8,7 +8,6 @@ from typing import Any
 from turboquant_operator.api.object import Identity
 from turboquant_operator.api.spec import TurboQuantDeploymentSpec
 from turboquant_operator.builders.arguments import (
-    CACHE_DIRECTORY,
     MODEL_DIRECTORY,
     claim_and_path,
     credentials,
@@ -28,8 +27,8 @@ def inspection_pod(owner: Identity, spec: TurboQuantDeploymentSpec, image: str, 
     It is annotated with the model that it reads: a pod that reads another one is replaced.
     """
     pod = spec.pod
-    volumes: list[dict[str, Any]] = [{"name": "cache", "emptyDir": {}}]
-    mounts: list[dict[str, Any]] = [{"name": "cache", "mountPath": CACHE_DIRECTORY}]
+    volumes: list[dict[str, Any]] = [{"name": "tmp", "emptyDir": {}}]
+    mounts: list[dict[str, Any]] = [{"name": "tmp", "mountPath": "/tmp"}]
     arguments = [model_path(spec.model.uri)]
     if spec.model.uri.startswith("pvc://"):
         claim, _ = claim_and_path(spec.model.uri)
@@ -52,8 +51,7 @@ def inspection_pod(owner: Identity, spec: TurboQuantDeploymentSpec, image: str, 
                 "command": ["python3", "-m", "turboquant_runtime.inspect"],
                 "args": arguments,
                 "env": [
-                    {"name": "HOME", "value": CACHE_DIRECTORY},
-                    {"name": "HF_HOME", "value": CACHE_DIRECTORY},
+                    {"name": "HOME", "value": "/tmp"},
                     *credentials(spec),
                     *_hub_environment(spec),
                 ],
