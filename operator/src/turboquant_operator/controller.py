@@ -8,17 +8,18 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
-from turboquant_kernels.plans import KVPlan
 from turboquant_operator.api.object import Identity, InvalidSpecError, parse_spec
-from turboquant_operator.api.spec import Model, TurboQuantDeploymentSpec
-from turboquant_operator.api.status import Plan
 from turboquant_operator.builders.metadata import PLAN_HASH, Manifest
-from turboquant_operator.engine_capacity import Scrape, ScrapeError, scrape_capacity
+from turboquant_operator.engine_capacity import (
+    SCRAPE_AGAIN_SECONDS,
+    CapacityReader,
+    Scrape,
+    scrape_capacity,
+)
 from turboquant_operator.kube import (
     ConflictError,
     ForbiddenError,
@@ -28,24 +29,10 @@ from turboquant_operator.kube import (
     RequestError,
 )
 from turboquant_operator.metrics import OperatorMetrics
-from turboquant_operator.model_source import facts_of, read_public_model, unsupported_source
-from turboquant_operator.planner.outcome import NoPlan, refused, unknown
+from turboquant_operator.planner import NoPlan
+from turboquant_operator.planning import Planning
 from turboquant_operator.problems import Problem, is_ready
-from turboquant_operator.reconcile import (
-    Children,
-    Desired,
-    Document,
-    Images,
-    Planned,
-    PlanRequest,
-    desired,
-    gpus_of,
-    is_applied,
-    known_document,
-    model_source,
-    needs_inspection,
-    waiting_for_inspection,
-)
+from turboquant_operator.reconcile import Children, Desired, Images, desired, is_applied
 from turboquant_operator.status import (
     Seen,
     events,
@@ -63,9 +50,6 @@ LOOK_AGAIN_SECONDS = 30.0
 """Until the next pass over an object that waits for something no watch tells of: the hub, nodes, a ConfigMap
 of the user's."""
 
-SCRAPE_AGAIN_SECONDS = 10.0
-"""Until an engine whose metrics page did not tell its capacity is asked again."""
-
 logger = logging.getLogger(__name__)
 
 
@@ -77,23 +61,6 @@ class Cluster(Protocol):
     def keys(self) -> Iterable[Key]: ...
 
     def children(self, key: Key) -> Children: ...
-
-
-ReadPublicModel = Callable[[Model], Document | NoPlan]
-
-
-@dataclass
-class _Memory:
-    """What is kept of an object between passes, to save requests; all of it can be read again."""
-
-    uid: str
-    source: str = ""
-    document: Document | None = None
-    """The model `source`: the ConfigMap that keeps it may not be indexed yet."""
-    scrape_after: float = 0.0
-    """Time on the monotonic clock before which no engine is asked again: one has just not answered."""
-    capacities: Mapping[str, int] = field(default_factory=dict)
-    """Tokens by container id. A container's cache has one size for its whole life."""
 
 
 class _NameTakenError(Exception):
@@ -110,7 +77,7 @@ class Controller:
         images: Images,
         metrics: OperatorMetrics,
         identity: str,
-        read_model: ReadPublicModel = read_public_model,
+        planning: Planning,
         scrape: Scrape = scrape_capacity,
     ) -> None:
         self.queue: WorkQueue[Key] = WorkQueue()
@@ -119,9 +86,10 @@ class Controller:
         self._images = images
         self._metrics = metrics
         self._identity = identity
-        self._read_model = read_model
+        self._planning = planning
         self._scrape = scrape
-        self._memory: dict[Key, _Memory] = {}
+        self._uids: dict[Key, str] = {}
+        self._capacities: dict[str, CapacityReader] = {}
 
     async def work_forever(self) -> None:
         """One worker. An exception ends one pass, never the worker."""
@@ -162,36 +130,30 @@ class Controller:
         """One pass. Raises ConflictError where what was read is out of date."""
         body = self._cluster.object(key)
         if body is None or body["metadata"].get("deletionTimestamp"):
-            self._memory.pop(key, None)
+            self._forget(key)
             return  # The garbage collector takes the children.
         owner = Identity.of(body)
-        if key not in self._memory or self._memory[key].uid != owner.uid:
-            self._memory[key] = _Memory(owner.uid)
+        self._remember(key, owner)
         previous: Mapping[str, Any] = body.get("status", {})
         now = datetime.now(UTC)
         try:
             spec = parse_spec(body)
         except InvalidSpecError as error:
-            await self._write_status(
-                owner, previous, refused_status(owner, previous, "InvalidSpec", str(error), now)
-            )
+            refused = refused_status(owner, previous, "InvalidSpec", str(error), now)
+            await self._write_status(owner, previous, refused)
             return
 
-        children = self._cluster.children(key)
-        planned = await self._plan(key, owner, spec, previous, children)
+        children = self._cluster.children(key).owned_by(owner)
+        planned = await self._planning.plan(owner, spec, previous, children, wake=lambda: self.queue.add(key))
         wanted = desired(owner, spec, planned, children, self._images, now)
         children, refusal = await self._apply(owner, wanted, children)
-        deployment = children.get("Deployment", owner.name)
-        if deployment is not None and not owner.owns(deployment):
-            deployment = None
-        pods = children.engine_pods()
         seen = Seen(
             outcome=planned.outcome,
             model=planned.facts.to_status(planned.revision) if planned.facts else None,
-            deployment=deployment,
-            pods=pods,
+            deployment=children.get("Deployment", owner.name),
+            pods=children.engine_pods(),
             mount_failures=children.mount_failures(),
-            measured_tokens=await self._measure(key, deployment, pods),
+            measured_tokens=await self._measure(key, owner, children),
             refusal=refusal,
         )
         status = next_status(owner, spec, previous, seen, now)
@@ -199,61 +161,19 @@ class Controller:
             owner, previous, status.model_dump(by_alias=True, mode="json", exclude_none=True)
         )
         waits = isinstance(planned.outcome, NoPlan) and planned.outcome.status == "Unknown"
-        if waits or refusal is not None:
+        if waits or refusal is not None or spec.kv_cache.plan_ref is not None:
             self.queue.add_after(key, LOOK_AGAIN_SECONDS)
 
-    async def _plan(
-        self,
-        key: Key,
-        owner: Identity,
-        spec: TurboQuantDeploymentSpec,
-        previous: Mapping[str, Any],
-        children: Children,
-    ) -> Planned:
-        source, memory = model_source(spec), self._memory[key]
-        unsupported = unsupported_source(spec.model.uri)
-        if unsupported is not None:
-            return Planned(source, unsupported)
-        document = memory.document if memory.source == source else None
-        document = document or known_document(owner, children, source)
-        if document is None and needs_inspection(spec):
-            return Planned(source, waiting_for_inspection(owner, children, source), inspect=True)
-        if document is None:
-            read = await asyncio.to_thread(self._read_model, spec.model)
-            if isinstance(read, NoPlan):
-                return Planned(source, read)
-            document = read
-        memory.source, memory.document = source, document
-        facts = facts_of(document, spec.model.architecture)
-        if isinstance(facts, NoPlan):
-            return Planned(source, facts, document)
-        kv_plan = await self._kv_plan(owner, spec)
-        if isinstance(kv_plan, NoPlan):
-            return Planned(source, kv_plan, document, facts)
-        request = PlanRequest(spec, facts, kv_plan, document.get("revision", ""))
-        return Planned(source, await self._choose(request, previous), document, facts, kv_plan)
+    def _remember(self, key: Key, owner: Identity) -> None:
+        """Whatever was kept of an earlier object of this name is not this one's."""
+        if self._uids.get(key) != owner.uid:
+            self._forget(key)
+            self._uids[key] = owner.uid
 
-    async def _kv_plan(self, owner: Identity, spec: TurboQuantDeploymentSpec) -> KVPlan | NoPlan | None:
-        reference = spec.kv_cache.plan_ref
-        if reference is None:
-            return None
-        config_map = await asyncio.to_thread(self._kube.get, "ConfigMap", owner.namespace, reference.name)
-        if config_map is None:
-            return unknown("KVPlanNotFound", f"There is no ConfigMap {reference.name!r} (kvCache.planRef).")
-        text = config_map.get("data", {}).get("plan.json")
-        if text is None:
-            return refused("InvalidKVPlan", f"ConfigMap {reference.name!r} has no key plan.json.")
-        try:
-            return KVPlan.from_json(text)
-        except ValueError as error:
-            return refused("InvalidKVPlan", f"ConfigMap {reference.name!r}: {error}")
-
-    async def _choose(self, request: PlanRequest, previous: Mapping[str, Any]) -> Plan | NoPlan:
-        if request.spec.accelerator.type != "auto":
-            return request.plan(nodes=None)
-        nodes = await asyncio.to_thread(self._kube.list_nodes)
-        before = previous.get("plan", {}).get("accelerator", "")
-        return request.plan_again(None if nodes is None else gpus_of(nodes), before)
+    def _forget(self, key: Key) -> None:
+        uid = self._uids.pop(key, "")
+        self._planning.forget(uid)
+        self._capacities.pop(uid, None)
 
     async def _apply(
         self, owner: Identity, wanted: Desired, children: Children
@@ -303,30 +223,21 @@ class Controller:
             # Service's port of the same name: then the list is ours alone.
             return self._kube.merge(manifest)
 
-    async def _measure(
-        self, key: Key, deployment: Manifest | None, pods: Iterable[Manifest]
-    ) -> tuple[int, ...]:
-        """Capacities that the ready pods of the present plan report, each container asked once."""
+    async def _measure(self, key: Key, owner: Identity, children: Children) -> tuple[int, ...]:
+        """Capacities that the ready pods of the Deployment's present plan report."""
+        deployment = children.get("Deployment", owner.name)
         if deployment is None:
             return ()
         plan_hash = template_plan_hash(deployment)
-        memory = self._memory[key]
-        known, capacities = memory.capacities, {}
-        for pod in pods:
-            if not is_ready(pod) or pod["metadata"]["labels"].get(PLAN_HASH) != plan_hash:
-                continue
-            container = _engine_container_id(pod)
-            if container in known:
-                capacities[container] = known[container]
-            elif time.monotonic() >= memory.scrape_after:
-                try:
-                    capacities[container] = await self._scrape(pod["status"]["podIP"])
-                except ScrapeError as error:
-                    logger.warning("%s/%s: capacity not read: %s", *key, error)
-                    memory.scrape_after = time.monotonic() + SCRAPE_AGAIN_SECONDS
-                    self.queue.add_after(key, SCRAPE_AGAIN_SECONDS)
-        memory.capacities = capacities
-        return tuple(capacities.values())
+        pods = [
+            pod
+            for pod in children.engine_pods()
+            if is_ready(pod) and pod["metadata"]["labels"].get(PLAN_HASH) == plan_hash
+        ]
+        tokens = await self._capacities.setdefault(owner.uid, CapacityReader(self._scrape)).read(pods)
+        if len(tokens) < len(pods):
+            self.queue.add_after(key, SCRAPE_AGAIN_SECONDS)
+        return tokens
 
     async def _write_status(
         self, owner: Identity, previous: Mapping[str, Any], status: dict[str, Any]
@@ -355,11 +266,3 @@ class Controller:
             await self._write_status(
                 owner, previous, failed_status(owner, previous, message, datetime.now(UTC))
             )
-
-
-def _engine_container_id(pod: Manifest) -> str:
-    """The container that serves, or the pod where its runtime gives no ids."""
-    for container in pod["status"].get("containerStatuses", ()):
-        if container["name"] == "engine" and container.get("containerID"):
-            return str(container["containerID"])
-    return str(pod["metadata"]["uid"])

@@ -20,6 +20,8 @@ from turboquant_operator.controller import Controller, Key
 from turboquant_operator.kube import Kube
 from turboquant_operator.lease import LEASE_NAME, Heartbeat
 from turboquant_operator.metrics import OperatorMetrics
+from turboquant_operator.model_reader import ModelReader
+from turboquant_operator.planning import Planning
 from turboquant_operator.reconcile import Children, Images
 from turboquant_operator.settings import Settings
 
@@ -70,6 +72,9 @@ async def start(settings: kopf.OperatorSettings, memo: kopf.Memo, **indexes: Any
     configure(settings)
     own = Settings.from_environment()
     kube = await asyncio.to_thread(Kube.connect)
+    if not await asyncio.to_thread(kube.serves_objects):
+        # kopf looks for it once, at start: better to be restarted until it is there than to be idle forever.
+        raise kopf.PermanentError(f"The API server does not know {PLURAL}.{GROUP}: install the CRD.")
     cluster = IndexedCluster(indexes["objects"], indexes["children"])
     registry = CollectorRegistry()
     controller = Controller(
@@ -78,6 +83,7 @@ async def start(settings: kopf.OperatorSettings, memo: kopf.Memo, **indexes: Any
         images=Images(gpu=own.runtime_image, cpu=own.runtime_cpu_image),
         metrics=OperatorMetrics(cluster.bodies, registry),
         identity=own.identity,
+        planning=Planning(kube, ModelReader()),
     )
     memo.queue = controller.queue
     memo.heartbeat = Heartbeat(own.lease_namespace, own.identity)

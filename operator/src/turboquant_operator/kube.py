@@ -148,6 +148,14 @@ class Kube:
         with contextlib.suppress(NotFoundError, ConflictError):
             self._request("delete", path, body=body)
 
+    def serves_objects(self) -> bool:
+        """Whether the CRD is installed."""
+        try:
+            kinds = self._request("get", f"/apis/{API_VERSION}")["resources"]
+        except NotFoundError:
+            return False
+        return any(kind["name"] == PLURAL for kind in kinds)
+
     def list_nodes(self) -> list[Manifest] | None:
         """The cluster's nodes, None where the operator may not list them."""
         try:

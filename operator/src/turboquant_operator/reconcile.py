@@ -6,7 +6,7 @@ looks at what is, never at what happened. `controller` reads and applies; `statu
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -27,9 +27,11 @@ from turboquant_operator.builders.metadata import (
     plan_config_map_name,
 )
 from turboquant_operator.planner import ModelFacts, NoPlan, make_plan
-from turboquant_operator.planner.accelerators import NodeGPUs
+from turboquant_operator.planner.accelerators import CPU, NodeGPUs
 from turboquant_operator.planner.outcome import unknown
 from turboquant_operator.problems import pod_problem
+
+AUTO = "auto"
 
 INSPECTION_RETRY = timedelta(minutes=2)
 """How long a failed inspection stands, to be read by people too, before another is tried."""
@@ -48,12 +50,19 @@ class Children:
         """A child, None where there is none."""
         return self.by_name.get((kind, name))
 
+    def owned_by(self, owner: Identity) -> "Children":
+        """Those that are the object's own: others of its labels and names are not to be touched."""
+
+        def is_own(kind: str, manifest: Manifest) -> bool:
+            return kind == "Event" or _is_engine_pod(kind, manifest) or owner.owns(manifest)
+
+        own = {key: manifest for key, manifest in self.by_name.items() if is_own(key[0], manifest)}
+        return Children(own)
+
     def engine_pods(self) -> tuple[Manifest, ...]:
         """The pods of the Deployment, of this and of earlier plans."""
         return tuple(
-            manifest
-            for (kind, _), manifest in self.by_name.items()
-            if kind == "Pod" and manifest["metadata"].get("labels", {}).get(COMPONENT) == ENGINE
+            manifest for (kind, _), manifest in self.by_name.items() if _is_engine_pod(kind, manifest)
         )
 
     def mount_failures(self) -> dict[str, str]:
@@ -61,6 +70,11 @@ class Children:
         events = [manifest for (kind, _), manifest in self.by_name.items() if kind == "Event"]
         events.sort(key=lambda event: event.get("lastTimestamp") or event["metadata"]["creationTimestamp"])
         return {event["involvedObject"].get("uid", ""): event.get("message", "") for event in events}
+
+
+def _is_engine_pod(kind: str, manifest: Manifest) -> bool:
+    """By its label: a ReplicaSet owns it."""
+    return kind == "Pod" and manifest["metadata"].get("labels", {}).get(COMPONENT) == ENGINE
 
 
 @dataclass(frozen=True)
@@ -115,20 +129,19 @@ class PlanRequest:
     kv_plan: KVPlan | None = None
     revision: str = ""
 
-    def plan(self, nodes: Iterable[NodeGPUs] | None, accelerator: str = "") -> Plan | NoPlan:
-        """The plan, on a named accelerator in place of the one that the spec asks for."""
-        spec = self.spec
-        if accelerator:
-            named = spec.accelerator.model_copy(update={"type": accelerator})
-            spec = spec.model_copy(update={"accelerator": named})
-        return make_plan(spec, self.facts, nodes=nodes, kv_plan=self.kv_plan, revision=self.revision)
-
-    def plan_again(self, nodes: Iterable[NodeGPUs] | None, before: str) -> Plan | NoPlan:
-        """The plan on the accelerator that `auto` chose before, as long as that holds what is asked for:
-        a node that comes or goes must not roll a running model.
+    def plan(self, nodes: Sequence[NodeGPUs] | None, before: str = "") -> Plan | NoPlan:
+        """The plan. `auto` keeps to the accelerator that it chose before, as long as that holds what is asked
+        for: a node that comes or goes must not roll a running model.
         """
-        kept = self.plan(nodes, before) if before else None
-        return kept if isinstance(kept, Plan) else self.plan(nodes)
+        if self.spec.accelerator.type == AUTO and before not in ("", CPU):
+            named = self.spec.accelerator.model_copy(update={"type": before})
+            kept = self._plan(self.spec.model_copy(update={"accelerator": named}), nodes)
+            if isinstance(kept, Plan):
+                return kept
+        return self._plan(self.spec, nodes)
+
+    def _plan(self, spec: TurboQuantDeploymentSpec, nodes: Sequence[NodeGPUs] | None) -> Plan | NoPlan:
+        return make_plan(spec, self.facts, nodes=nodes, kv_plan=self.kv_plan, revision=self.revision)
 
 
 def gpus_of(nodes: Iterable[Manifest]) -> list[NodeGPUs]:
@@ -241,7 +254,7 @@ def desired(
         delete.append(budget)
     return Desired(
         tuple(marked(manifest) for manifest in apply),
-        tuple(manifest for manifest in delete if owner.owns(manifest)),
+        tuple(delete),
         tuple(merge),
     )
 
@@ -280,7 +293,7 @@ def _is_spent(pod: Manifest, planned: Planned, now: datetime) -> bool:
 def _scale_down(owner: Identity, children: Children, wanted: int) -> list[Manifest]:
     """The replicas of a Deployment that has more than are wanted, and nothing else of it."""
     running = children.get("Deployment", owner.name)
-    if running is None or not owner.owns(running) or running["spec"].get("replicas", 1) <= wanted:
+    if running is None or running["spec"].get("replicas", 1) <= wanted:
         return []
     metadata = {"namespace": owner.namespace, "name": owner.name}
     return [{"kind": "Deployment", "metadata": metadata, "spec": {"replicas": wanted}}]

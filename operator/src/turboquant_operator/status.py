@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
 from turboquant_operator.api.object import Identity
 from turboquant_operator.api.spec import TurboQuantDeploymentSpec
 from turboquant_operator.api.status import (
@@ -104,8 +106,11 @@ def next_status(
     now: datetime,
 ) -> TurboQuantDeploymentStatus:
     """The status that the object should have. `previous` is its present one, as raw JSON."""
-    before = TurboQuantDeploymentStatus.model_validate(dict(previous))
-    plan = seen.outcome if isinstance(seen.outcome, Plan) else _running_plan(before, seen.deployment)
+    before = _read(previous)
+    if isinstance(seen.outcome, Plan):
+        plan: Plan | None = seen.outcome
+    else:  # The last one, as long as pods run on it.
+        plan = before.plan if _runs(seen.deployment, before.plan) else None
     rollout = rollout_of(seen.deployment, plan)
     conditions = _Conditions(owner.generation, conditions_by_type(previous), now)
     _judge(conditions, spec, seen, rollout)
@@ -118,7 +123,9 @@ def next_status(
         endpoint=endpoint(owner, spec) if seen.deployment is not None else None,
         model=seen.model or (before.model if plan is not None else None),
         plan=plan,
-        capacity=measured_capacity(plan, seen.measured_tokens) if plan is not None else None,
+        capacity=measured_capacity(plan, seen.measured_tokens)
+        if plan and _runs(seen.deployment, plan)
+        else None,
     )
 
 
@@ -178,11 +185,17 @@ def template_plan_hash(deployment: Manifest) -> str:
     return labels.get(PLAN_HASH, "")
 
 
-def _running_plan(before: TurboQuantDeploymentStatus, deployment: Manifest | None) -> Plan | None:
-    """Without a plan for the present spec: the last one, as long as the Deployment still has it."""
-    if deployment is None or before.plan is None or template_plan_hash(deployment) != before.plan.hash:
-        return None
-    return before.plan
+def _read(previous: Mapping[str, Any]) -> TurboQuantDeploymentStatus:
+    """The present status. One that another version of the operator wrote in another shape counts as none."""
+    try:
+        return TurboQuantDeploymentStatus.model_validate(dict(previous))
+    except ValidationError:
+        return TurboQuantDeploymentStatus()
+
+
+def _runs(deployment: Manifest | None, plan: Plan | None) -> bool:
+    """Whether a Deployment's pods are made for a plan."""
+    return deployment is not None and plan is not None and template_plan_hash(deployment) == plan.hash
 
 
 def _count(deployment: Manifest | None, name: str) -> int:

@@ -93,6 +93,12 @@ class OperatorProcess:
         except urllib.error.URLError:
             return ""
 
+    def health(self) -> dict[str, Any]:
+        """What its liveness probe answers. Raises HTTPError where it fails."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.health_port}/healthz") as answer:
+            found: dict[str, Any] = json.load(answer)
+            return found
+
     @property
     def running(self) -> bool:
         """Whether the process is alive."""
@@ -169,7 +175,7 @@ class Workspace:
     def condition(self, name: str, kind: str) -> dict[str, Any]:
         """A condition of a TurboQuantDeployment. Raises KeyError before it has any."""
         conditions = self.get(KIND, name)["status"]["conditions"]
-        return next(condition for condition in conditions if condition["type"] == kind)
+        return {condition["type"]: condition for condition in conditions}[kind]
 
     def engine_pods(self, name: str) -> list[str]:
         """Names of an object's engine pods, the newest last."""

@@ -100,6 +100,10 @@ def test_restarted_operator_reads_no_model_again_and_rolls_nothing(
     assert len(workspace.all_of("ReplicaSet")) == 1
 
 
+def test_operator_that_sees_its_own_lease_is_alive(operator: OperatorProcess, workspace: Workspace) -> None:
+    assert eventually(lambda: operator.health() == {"watch": "ok"})
+
+
 def version(workspace: Workspace, kind: str) -> str:
     return str(workspace.get(kind, "gemma")["metadata"]["resourceVersion"])
 

@@ -4,7 +4,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from sample import OWNER, PLAN, deployment, owned, spec
+from sample import OWNER, PLAN, deployment, owned, pod, spec
 
 from turboquant_operator.api.spec import TurboQuantDeploymentSpec
 from turboquant_operator.api.status import Plan
@@ -102,10 +102,10 @@ def test_failed_inspection_is_tried_again_after_a_while(age: int, deleted: list[
     assert kinds(decide(spec(), WAITING, inspection("Failed", age=age), inspect=True).delete) == deleted
 
 
-def test_foreign_pod_of_that_name_is_not_deleted() -> None:
-    foreign = inspection(source="source-0")
-    foreign["metadata"].pop("ownerReferences")
-    assert decide(spec(), WAITING, foreign, inspect=True).delete == ()
+def test_children_of_others_are_not_the_objects_own() -> None:
+    foreign = {"kind": "Service", "metadata": owned("llama") | {"ownerReferences": []}}
+    engine = pod()
+    assert having(foreign, engine, BUDGET).owned_by(OWNER) == having(engine, BUDGET)
 
 
 def test_budget_goes_with_the_second_replica() -> None:
