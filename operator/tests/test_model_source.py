@@ -210,7 +210,9 @@ def test_sources_that_are_not_served_yet_are_refused(uri):
     assert "hf:// or pvc://" in answer.message
 
 
-@pytest.mark.parametrize("document", [{}, {"config": 3}, {"config": {}, "weights": []}])
+@pytest.mark.parametrize(
+    "document", [{}, {"config": 3}, {"config": {}, "weights": []}, {"config": {}, "weights": {"F": "1"}}]
+)
 def test_a_document_of_another_shape_gives_no_facts(document):
     assert facts_of(document, Architecture()).reason == "InvalidModelFacts"
 

@@ -52,7 +52,8 @@ def read_public_model(model: Model) -> Document | NoPlan:
 def facts_of(document: Mapping[str, Any], given: Architecture) -> ModelFacts | NoPlan:
     """What a document says; `given` wins. A document of another shape gives InvalidModelFacts."""
     config, weights = document.get("config"), document.get("weights", {})
-    if not isinstance(config, Mapping) or not isinstance(weights, Mapping):
+    sizes = weights.values() if isinstance(weights, Mapping) else [None]
+    if not isinstance(config, Mapping) or not all(isinstance(size, int) for size in sizes):
         return unknown("InvalidModelFacts", f"These are no model facts: {json.dumps(document)[:200]}")
     return read_facts(config, weights, given)
 

@@ -1,11 +1,15 @@
 """Facts from the config.json files of well-known models, and the refusal of those that cannot be planned."""
 
+import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from turboquant_operator.api.spec import Architecture
-from turboquant_operator.planner import ModelFacts, NoPlan, read_facts
+from turboquant_operator.api.spec import Architecture, TurboQuantDeploymentSpec
+from turboquant_operator.api.status import Plan
+from turboquant_operator.planner import ModelFacts, NoPlan, make_plan, read_facts
 from turboquant_operator.planner.families import FAMILIES
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -165,10 +169,10 @@ def test_an_unknown_architecture_is_never_guessed(config):
 
 
 def test_given_facts_stand_in_for_an_unknown_architecture():
-    given = Architecture(
+    facts_given = Architecture(
         layers=4, attention_heads=8, key_value_heads=2, head_dim=64, context_length=4096, weight_bytes=10**9
     )
-    found = read_facts({"model_type": "brand_new"}, None, given)
+    found = read_facts({"model_type": "brand_new"}, None, facts_given)
     assert found == ModelFacts("brand_new", (None,) * 4, 8, 2, 64, 4096, "bfloat16", 10**9, key_bias=False)
 
 
@@ -209,3 +213,48 @@ def test_a_null_head_dim_is_hidden_size_over_heads(config):
 def test_every_family_has_a_config_that_the_engine_test_builds(config):
     configs = [config(path.stem) for path in CONFIGS.glob("*.json")]
     assert FAMILIES.keys() <= {(c.get("text_config") or c).get("model_type") for c in configs}
+
+
+def test_a_window_that_starts_at_a_later_layer_is_refused(config):
+    answer = read_facts({**config("qwen2.5-7b"), "use_sliding_window": True, "max_window_layers": 14})
+    assert (answer.reason, answer.type) == ("UnsupportedAttention", "Accepted")
+    assert "from layer 14 on" in answer.message
+
+
+def test_a_window_of_all_layers_is_read(config):
+    found = read_facts({**config("qwen2.5-7b"), "use_sliding_window": True, "max_window_layers": 28})
+    assert set(found.windows) == {131_072}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("num_key_value_heads", "8"), ("hidden_size", -1), ("sliding_window", 0.5), ("vocab_size", [1])],
+)
+def test_a_number_that_is_none_is_named(config, field, value):
+    answer = read_facts({**config("llama-3.1-8b"), field: value})
+    assert answer.reason == "MissingModelFacts"
+    assert field in answer.message
+
+
+ODD_VALUES = [None, True, 0, -1, 7, 2**70, 0.5, 1e300, "", "8", [], [1], ["full_attention"], {}, {"a": {}}]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
+@settings(max_examples=50, deadline=None)
+@given(st.data())
+def test_no_config_makes_the_planner_fail(path, data):
+    """A config comes from outside: whatever stands in its fields, the answer is facts or a condition."""
+    document = json.loads(path.read_text())
+    inner = document.get("text_config", document)
+    fields = data.draw(st.lists(st.sampled_from(sorted(inner)), min_size=1, max_size=3))
+    for field in fields:
+        inner[field] = data.draw(st.sampled_from(ODD_VALUES))
+    found = read_facts(document, {"BF16": 10**9})
+    assert isinstance(found, ModelFacts | NoPlan)
+    if isinstance(found, ModelFacts):
+        assert isinstance(make_plan(ON_H100, found), Plan | NoPlan)
+
+
+ON_H100 = TurboQuantDeploymentSpec.model_validate(
+    {"model": {"uri": "hf://any/model"}, "accelerator": {"type": "nvidia-h100-80gb"}}
+)

@@ -17,6 +17,23 @@ from turboquant_operator.planner.outcome import NoPlan, refused, unknown
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of one element of the dtypes in which the engine computes."""
 
+_MOST_LAYERS = 1024
+"""More than any model has, and few enough that a wrong config costs no memory."""
+
+_COUNTS = (
+    "head_dim",
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "max_window_layers",
+    "model_max_length",
+    "num_key_value_heads",
+    "sliding_window",
+    "sliding_window_pattern",
+    "vocab_size",
+)
+"""Config fields that are used as numbers where they are present, beside those that are always needed."""
+
 _PREFIX_IMAGES = ("gemma3", "paligemma")
 """Multi-modal models whose image tokens vLLM 0.25.1 lets see each other
 (transformers_utils/model_arch_config_convertor.py, `is_mm_prefix_lm`)."""
@@ -86,8 +103,7 @@ def read_facts(
     given = given or Architecture()
     whole = config or {}
     text = _text_config(whole)
-    architectures = whole.get("architectures") or text.get("architectures") or []
-    architecture = str(architectures[0]) if architectures else str(text.get("model_type") or "unknown")
+    architecture = _architecture(whole, text)
     if reason := unsupported_attention(text):
         return refused("UnsupportedAttention", f"{architecture} is not supported: {reason}.")
     family = FAMILIES.get(str(text.get("model_type", "")))
@@ -98,6 +114,14 @@ def read_facts(
     return _normalise(
         architecture, whole, {**(family.defaults or {}), **_present(text)}, family, weights, given
     )
+
+
+def _architecture(whole: Mapping[str, Any], text: Mapping[str, Any]) -> str:
+    for config in (whole, text):
+        names = config.get("architectures")
+        if isinstance(names, list) and names:
+            return str(names[0])
+    return str(text.get("model_type") or "unknown")
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -134,21 +158,23 @@ def _normalise(
     weights: Mapping[str, int] | None,
     given: Architecture,
 ) -> ModelFacts | NoPlan:
+    layers = given.layers or text.get("num_hidden_layers")
     heads = given.attention_heads or text.get("num_attention_heads")
     hidden = text.get("hidden_size")
     head_dim = given.head_dim or (None if family.head_dim_from_hidden else text.get("head_dim"))
     if not head_dim and _is_count(hidden) and _is_count(heads):
         head_dim = hidden // heads
-    layers = given.layers or text.get("num_hidden_layers")
-    if not (_is_count(layers) and _is_count(heads) and _is_count(head_dim)):
-        numbers = {"num_hidden_layers": layers, "num_attention_heads": heads, "head_dim": head_dim}
+    needed = {"num_attention_heads": heads, "head_dim": head_dim}
+    unusable = [] if _is_count(layers, _MOST_LAYERS) else ["num_hidden_layers"]
+    unusable += [name for name, value in needed.items() if not _is_count(value)]
+    unusable += [name for name in _COUNTS if text.get(name) and not _is_count(text[name])]
+    if unusable or not (_is_count(layers) and _is_count(heads) and _is_count(head_dim)):
         return unknown(
             "MissingModelFacts",
-            f"config.json of {architecture} has no usable "
-            f"{', '.join(name for name, value in numbers.items() if not _is_count(value))}: set "
-            "spec.model.architecture.",
+            f"config.json of {architecture} has no usable {', '.join(dict.fromkeys(unusable))}: set "
+            "spec.model.architecture, or correct the config.",
         )
-    windows = _windows(text, family, layers)
+    windows = _windows(architecture, text, family, layers)
     if isinstance(windows, NoPlan):
         return windows
     dtype = _dtype(whole, text)
@@ -157,9 +183,9 @@ def _normalise(
         architecture=architecture,
         windows=windows,
         attention_heads=heads,
-        key_value_heads=int(given.key_value_heads or text.get("num_key_value_heads") or heads),
+        key_value_heads=given.key_value_heads or text.get("num_key_value_heads") or heads,
         head_dim=head_dim,
-        context_length=given.context_length or _context_length(whole, text),
+        context_length=given.context_length or _context_length(text),
         dtype=dtype,
         weight_bytes=given.weight_bytes or _loaded_bytes(weights, dtype, whole, text),
         key_bias=_key_bias(text, family),
@@ -171,30 +197,41 @@ def _normalise(
     )
 
 
-def _is_count(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def _is_count(value: object, most: int = 2**40) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
 
 
-def _windows(text: Mapping[str, Any], family: Family, layers: int) -> tuple[int | None, ...] | NoPlan:
+def _windows(
+    architecture: str, text: Mapping[str, Any], family: Family, layers: int
+) -> tuple[int | None, ...] | NoPlan:
     """The sliding window of each layer, as vLLM 0.25.1 gives it to the layer's cache."""
     window = text.get("sliding_window") or None
     if family.window_switch and not text.get(family.window_switch):
         window = None
+    if family.window_switch and window and 0 < text.get("max_window_layers", layers) < layers:
+        return refused(
+            "UnsupportedAttention",
+            f"{architecture} has a sliding window from layer {text['max_window_layers']} on "
+            "(max_window_layers), which the engine does not serve.",
+        )
     kinds = text.get("layer_types")
     if not kinds and family.window_every:
-        every = int(text.get("sliding_window_pattern") or family.window_every)
+        every = text.get("sliding_window_pattern") or family.window_every
         kinds = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(layers)]
     if not kinds:
         return (window,) * layers
-    if len(kinds) != layers:
+    if not isinstance(kinds, list) or len(kinds) != layers:
+        named = len(kinds) if isinstance(kinds, list) else "unreadable"
         return unknown(
             "MissingModelFacts",
-            f"config.json names {len(kinds)} layer_types for {layers} layers; it contradicts itself.",
+            f"config.json of {architecture} names {named} layer_types for {layers} layers; it contradicts "
+            "itself.",
         )
     if window is None and "sliding_attention" in kinds and not family.window_switch:
         return unknown(
             "MissingModelFacts",
-            "config.json has layers of sliding_attention and no sliding_window: its cache is not guessed.",
+            f"config.json of {architecture} has layers of sliding_attention and no sliding_window: its cache "
+            "is not guessed.",
         )
     if len(set(kinds)) == 1 and family.window_every is None:
         # Not interleaved: vLLM then applies the config's window, if it has one, to every layer.
@@ -202,29 +239,26 @@ def _windows(text: Mapping[str, Any], family: Family, layers: int) -> tuple[int 
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _context_length(whole: Mapping[str, Any], text: Mapping[str, Any]) -> int | None:
+def _context_length(text: Mapping[str, Any]) -> int | None:
     """The model's maximum of tokens as vLLM derives it (config/model.py, `_get_and_verify_max_len`)."""
-    longest = text.get("max_position_embeddings")
-    if text.get("model_max_length"):
-        longest = text["model_max_length"]
-    if not longest:
-        return None
-    if "gemma3" in str(text.get("model_type", "")):
-        return int(longest)  # its maximum has the scaling in it already
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    nested = [value for value in rope.values() if isinstance(value, Mapping)]
+    longest: int | None = text.get("model_max_length") or text.get("max_position_embeddings")
+    if not longest or "gemma3" in str(text.get("model_type", "")):
+        return longest or None  # Gemma-3's maximum has the scaling in it already.
+    rope = text.get("rope_parameters") or text.get("rope_scaling")
+    if not isinstance(rope, Mapping):
+        return longest
     factor = 1.0
-    for scaling in nested or [rope]:
+    for scaling in [value for value in rope.values() if isinstance(value, Mapping)] or [rope]:
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         if kind in ("su", "longrope", "llama3"):
             continue
         factor = scaling.get("factor") or 1.0
+        if not isinstance(factor, int | float):
+            return None
         if kind == "yarn":
-            longest = (
-                text.get("original_max_position_embeddings")
-                or scaling.get("original_max_position_embeddings")
-                or longest
-            )
+            # A field of the model wins over that of the scaling (transformers, `standardize_rope_params`).
+            original = [c.get("original_max_position_embeddings") for c in (text, scaling)]
+            longest = next((value for value in original if _is_count(value)), longest)
     return int(longest * factor)
 
 

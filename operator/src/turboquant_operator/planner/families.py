@@ -130,7 +130,8 @@ def unsupported_attention(config: Mapping[str, Any]) -> str | None:
 
     What is looked for are fields, not names: a new model with latent attention is recognised too.
     """
-    kinds = {str(kind) for kind in config.get("layer_types") or ()}
+    listed = config.get("layer_types")
+    kinds = {str(kind) for kind in listed} if isinstance(listed, list) else set()
     if config.get("kv_lora_rank"):
         return (
             "it has multi-head latent attention (kv_lora_rank), whose cache holds no per-head keys and values"
