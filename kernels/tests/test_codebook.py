@@ -24,7 +24,7 @@ def test_distortion_lies_between_the_papers_bounds(bits, head_dim):
     assert 4.0**-bits <= distortion <= math.sqrt(3) * math.pi / 2 * 4.0**-bits
 
 
-def density(head_dim, points=200_001):
+def density(head_dim, points=20_001):
     """Midpoints and probabilities of the coordinate's marginal, by brute force."""
     edge = math.sqrt(head_dim)
     t = (np.arange(points) + 0.5) / points * 2 * edge - edge
@@ -39,14 +39,14 @@ def test_distortion_is_that_of_the_levels(bits, head_dim):
     t, weight = density(head_dim)
     levels = np.sort(book.levels.double().numpy())
     nearest = levels[np.searchsorted((levels[1:] + levels[:-1]) / 2, t)]
-    assert book.distortion == pytest.approx(((t - nearest) ** 2 * weight).sum(), rel=1e-5)
+    assert book.distortion == pytest.approx(((t - nearest) ** 2 * weight).sum(), rel=1e-4)
 
 
 @pytest.mark.parametrize(
     ("bits", "cost"), [(1, 1e-5), (2, 1e-4), (3, 5e-4), (4, 0.003), (5, 0.01), (6, 0.05)]
 )
 def test_the_int8_grid_costs_little_against_free_levels(bits, cost):
-    t, weight = density(128, points=20_001)
+    t, weight = density(128)
     # Panter and Dite's levels, a quantizer for many bits, are a start from which few iterations are enough.
     companded = np.cumsum(weight ** (1 / 3))
     levels = np.interp((np.arange(1 << bits) + 0.5) / (1 << bits), companded / companded[-1], t)

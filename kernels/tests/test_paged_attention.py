@@ -203,11 +203,14 @@ def test_query_lengths_around_a_tile(count):
     assert_matches(batch.attend(), batch.oracle())
 
 
-def test_one_token_far_above_the_rest_is_found():
-    batch = Batch([1], [900])
-    key = batch.queries[0][:, ::2] * 4
-    store(batch.codec, key, batch.values[0][:1], batch.cache, batch.block_table[0, 20:21] * 16)
-    batch.keys[0][320], batch.values[0][320] = key[0], batch.values[0][0]
+@pytest.mark.parametrize("position", [320, 1500, 2999])
+def test_one_token_far_above_the_rest_is_found(position):
+    """In the first, a middle and the last piece: what was summed before it must be rescaled."""
+    batch = Batch([1], [3000])
+    key, value = 4 * batch.queries[0][0, ::2], batch.values[0][position]
+    slot = batch.block_table[0, position // 16] * 16 + position % 16
+    store(batch.codec, key[None], value[None], batch.cache, slot[None])
+    batch.keys[0][position] = key
     assert_matches(batch.attend(), batch.oracle())
 
 
@@ -258,6 +261,18 @@ def test_tiles_cover_every_query_once():
     tiles = tile_batch(starts, torch.tensor([9, 30, 700, 16]), window=None)
     rows = torch.cat([rows[used] for rows, used in (group.rows() for group in tiles)])
     assert sorted(rows.tolist()) == list(range(317))
+
+
+def test_the_shape_of_a_tile_is_its_own_sequences():
+    """So that rounding, which differs with the shape of a product, does not depend on neighbours."""
+    lengths = [(1, 50), (7, 7), (1, 2300), (200, 260), (16, 400)]
+
+    def shapes(batch):
+        starts = torch.tensor([0, *(queries for queries, _ in batch)]).cumsum(0)
+        tiles = tile_batch(starts, torch.tensor([tokens for _, tokens in batch]), window=None)
+        return sorted((group.width, group.piece) for group in tiles for _ in range(len(group)))
+
+    assert shapes(lengths) == sorted(shape for one in lengths for shape in shapes([one]))
 
 
 def test_a_window_skips_the_context_before_it():

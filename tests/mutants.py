@@ -1,0 +1,448 @@
+"""Named mistakes in the codec, each of which a test must catch (`make mutants`).
+
+Every mutation replaces one piece of text in a temporary copy of `kernels/src`; the tests named with it run
+against that copy until the first fails. The table says which one did. Exit code 1: a mutation survived, or
+its text is no longer in the source exactly once.
+
+Tests run in forks of this process, which has imported torch and pytest already but nothing of the package:
+importing them anew would take most of the time.
+"""
+
+import importlib.util
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import hypothesis  # noqa: F401 (for the forks, like torch)
+import pytest
+import torch  # noqa: F401
+from rich.console import Console
+from rich.table import Table
+
+KERNELS = Path(__file__).resolve().parents[1] / "kernels"
+SECONDS = 120
+"""A run that takes longer counts as caught: the mutation made it hang."""
+AT_ONCE = 2
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One mistake: `before` becomes `after` in `file`, and `tests` (a file, or a test in it) must fail."""
+
+    name: str
+    file: str
+    before: str
+    after: str
+    tests: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a mutation: the test that caught it, or why it counts as survived."""
+
+    mutation: Mutation
+    caught_by: str | None
+    problem: str = ""
+
+
+MUTATIONS = [
+    # Byte counts and names
+    Mutation(
+        "scales are not counted",
+        "formats.py",
+        "// 8 + self.scale_bytes",
+        "// 8",
+        "test_formats.py::test_bytes_of_a_token_at_head_dim_128",
+    ),
+    Mutation(
+        "prod norm is not counted",
+        "formats.py",
+        "3 * SCALE_BYTES",
+        "2 * SCALE_BYTES",
+        "test_formats.py::test_bytes_of_a_token_at_head_dim_128",
+    ),
+    Mutation(
+        "anchors are not charged",
+        "formats.py",
+        "slot_bytes(head_dim) + anchors",
+        "slot_bytes(head_dim)",
+        "test_formats.py",
+    ),
+    Mutation(
+        "prod keeps all code bits",
+        "formats.py",
+        "return self.key_bits - 1 if",
+        "return self.key_bits if",
+        "test_packing.py::test_regions_follow_one_another_in_the_documented_order",
+    ),
+    # Plans
+    Mutation("plan version is not checked", "plans.py", "!= PLAN_VERSION", "is None", "test_plans.py"),
+    Mutation(
+        "plan seed is dropped",
+        "plans.py",
+        "for index, entry in enumerate(layers)), seed)",
+        "for index, entry in enumerate(layers)))",
+        "test_plans.py",
+    ),
+    Mutation(
+        "unknown plan fields pass",
+        "plans.py",
+        "unknown = entry.keys() - _LAYER_FIELDS",
+        "unknown = []",
+        "test_plans.py",
+    ),
+    Mutation(
+        "plan takes key bits for both",
+        "plans.py",
+        'int(entry["value_bits"])',
+        'int(entry["key_bits"])',
+        "test_plans.py",
+    ),
+    # Rotation
+    Mutation(
+        "rotation without signs",
+        "rotation.py",
+        "hadamard(head_dim) * signs",
+        "hadamard(head_dim)",
+        "test_rotation.py",
+    ),
+    Mutation(
+        "signs on the wrong side",
+        "rotation.py",
+        "hadamard(head_dim) * signs",
+        "hadamard(head_dim) * signs[:, None]",
+        "test_rotation.py",
+    ),
+    Mutation(
+        "seed is ignored", "rotation.py", "random.Random(seed)\n", "random.Random(0)\n", "test_rotation.py"
+    ),
+    Mutation(
+        "blocks instead of a full matrix",
+        "rotation.py",
+        "return torch.kron(left, _sylvester(right_order))",
+        "return torch.kron(torch.eye(len(left)) * len(left) ** 0.5, _sylvester(right_order))",
+        "test_rotation.py",
+    ),
+    Mutation(
+        "un-rotation rotates again",
+        "codec.py",
+        "return rotated.float() @ self._rotation",
+        "return rotated.float() @ self._rotation.T",
+        "test_rotation.py",
+    ),
+    # Codebook
+    Mutation(
+        "boundaries at the levels",
+        "codebook.py",
+        "(levels[1:] + levels[:-1]) / 2",
+        "levels[1:]",
+        "test_codebook.py::test_quantize_picks_the_nearest_level",
+    ),
+    Mutation(
+        "levels without the half",
+        "codebook.py",
+        "levels=torch.from_numpy(step * (by_code + 0.5))",
+        "levels=torch.from_numpy(step * by_code)",
+        "test_codebook.py::test_the_complement_of_a_code_is_the_negated_level",
+    ),
+    Mutation(
+        "codes by rank, not by sign",
+        "codebook.py",
+        "by_code = np.roll(by_rank, -len(choice.positive))",
+        "by_code = by_rank",
+        "test_codebook.py::test_the_complement_of_a_code_is_the_negated_level",
+    ),
+    Mutation(
+        "density of another dimension",
+        "codebook.py",
+        "/ (head_dim - 1)",
+        "/ head_dim",
+        "test_codebook.py::test_distortion_is_that_of_the_levels",
+    ),
+    # Packing
+    Mutation(
+        "coordinates of a byte reversed",
+        "packing.py",
+        "<< (position * width)",
+        "<< (8 - width - position * width)",
+        "test_packing.py",
+    ),
+    Mutation("high bits are lost", "packing.py", "(codes >> shift)", "codes", "test_packing.py"),
+    Mutation(
+        "second plane read one bit off",
+        "packing.py",
+        "((1 << part_bits) - 1)) << 8",
+        "((1 << part_bits) - 1)) << 7",
+        "test_packing.py",
+    ),
+    Mutation(
+        "scales of keys and values swapped",
+        "packing.py",
+        "key_scale=region(SCALE_BYTES),\n        value_scale=region(SCALE_BYTES),",
+        "value_scale=region(SCALE_BYTES),\n        key_scale=region(SCALE_BYTES),",
+        "test_packing.py::test_regions_follow_one_another_in_the_documented_order",
+    ),
+    Mutation(
+        "a region per token, not per page",
+        "packing.py",
+        "end = end, end + PAGE_TOKENS * token_bytes",
+        "end = end, end + token_bytes",
+        "test_packing.py::test_regions_follow_one_another_in_the_documented_order",
+    ),
+    # Codec
+    Mutation(
+        "scale shrinks to least squares",
+        "codec.py",
+        "_half(rms / overlap)",
+        "_half(rms * overlap / levels.square().mean(-1, keepdim=True))",
+        "test_codec.py::test_the_scale_is_unbiased",
+    ),
+    Mutation(
+        "scale overflows fp16",
+        "codec.py",
+        "scale.clamp_max(MAX_SCALE).half()",
+        "scale.half()",
+        "test_codec.py::test_a_vector_beyond_fp16_keeps_its_direction_and_saturates",
+    ),
+    Mutation(
+        "squares overflow float32",
+        "codec.py",
+        "self.rotate((vectors / largest)",
+        "largest * self.rotate(vectors",
+        "test_codec.py::test_a_vector_beyond_fp16_keeps_its_direction_and_saturates",
+    ),
+    Mutation(
+        "NaN and Inf are encoded",
+        "codec.py",
+        "unusable = ~((largest >= _TINY) & (largest < torch.inf))",
+        "unusable = largest < _TINY",
+        "test_codec.py::test_a_vector_without_finite_normal_size_decodes_to_zero",
+    ),
+    Mutation(
+        "values with the bits of keys",
+        "codec.py",
+        "return self._encode(value, self.fmt.value_bits)",
+        "return self._encode(value, self.fmt.key_bits)",
+        "test_codec.py::test_values_have_the_error_of_their_own_bits",
+    ),
+    Mutation(
+        "residual signs inverted",
+        "codec.py",
+        "self._projection.T < 0",
+        "self._projection.T > 0",
+        "test_codec.py::test_prod_corrects_what_its_first_stage_shrinks",
+    ),
+    Mutation(
+        "residual without sqrt(pi/2)",
+        "codec.py",
+        "math.sqrt(math.pi / 2)",
+        "1.0",
+        "test_codec.py::test_prod_corrects_what_its_first_stage_shrinks",
+    ),
+    Mutation(
+        "unwritten scales are NaN",
+        "codec.py",
+        ".float().nan_to_num(0.0, 0.0, 0.0)",
+        ".float()",
+        "test_paged_attention.py::test_bytes_that_were_never_written_change_nothing",
+    ),
+    # Store
+    Mutation(
+        "padding is written",
+        "store/reference.py",
+        "slot_mapping >= 0",
+        "slot_mapping >= -1",
+        "test_store.py::test_slot_minus_one_is_padding",
+    ),
+    Mutation(
+        "slot zero is padding",
+        "store/reference.py",
+        "slot_mapping >= 0",
+        "slot_mapping > 0",
+        "test_store.py::test_pages_hold_what_was_encoded",
+    ),
+    Mutation(
+        "page and token exchanged",
+        "store/reference.py",
+        "offset // PAGE_TOKENS, offset % PAGE_TOKENS",
+        "offset % (block_size // PAGE_TOKENS), offset // (block_size // PAGE_TOKENS)",
+        "test_store.py::test_pages_hold_what_was_encoded",
+    ),
+    Mutation(
+        "values written over keys",
+        "store/reference.py",
+        "write_codes(layout.value_planes, values.codes",
+        "write_codes(layout.value_planes, keys.codes",
+        "test_store.py::test_pages_hold_what_was_encoded",
+    ),
+    # Attention
+    Mutation(
+        "a query does not see itself",
+        "decode/reference.py",
+        "position > query_position[:n]\n",
+        "position >= query_position[:n]\n",
+        "test_paged_attention.py::test_every_head_dim",
+    ),
+    Mutation(
+        "a query sees one token ahead",
+        "decode/reference.py",
+        "position > query_position[:n]\n",
+        "position > query_position[:n] + 1\n",
+        "test_paged_attention.py::test_every_head_dim",
+    ),
+    Mutation(
+        "window one too long",
+        "decode/reference.py",
+        "position <= query_position[:n] - window",
+        "position < query_position[:n] - window",
+        "test_paged_attention.py::test_a_sliding_window_counts_the_query_itself",
+    ),
+    Mutation(
+        "soft cap without its factor",
+        "decode/reference.py",
+        "score = soft_cap * torch.tanh(",
+        "score = torch.tanh(",
+        "test_paged_attention.py::test_logit_soft_cap",
+    ),
+    Mutation(
+        "sinks weigh nothing",
+        "decode/reference.py",
+        "total.fill_(1.0)",
+        "total.fill_(0.0)",
+        "test_paged_attention.py::test_attention_sinks_take_weight_and_give_no_value",
+    ),
+    Mutation(
+        "output is not rescaled",
+        "decode/reference.py",
+        "output[:n] * decay + weight",
+        "output[:n] + weight",
+        "test_paged_attention.py::test_one_token_far_above_the_rest_is_found",
+    ),
+    Mutation(
+        "first page of a block only",
+        "decode/reference.py",
+        "page % pages_per_block]",
+        "page * 0]",
+        "test_paged_attention.py::test_block_sizes",
+    ),
+    Mutation(
+        "query heads grouped the other way",
+        "decode/reference.py",
+        "query.view(n, width, kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)",
+        "query.view(n, width, group, kv_heads, head_dim).permute(0, 3, 2, 1, 4)",
+        "test_paged_attention.py::test_grouped_query_heads",
+    ),
+    Mutation(
+        "later tiles stand at the first position",
+        "decode/tiles.py",
+        "(seq_lens - query_lens)[sequence] + skipped",
+        "(seq_lens - query_lens)[sequence]",
+        "test_paged_attention.py::test_query_lengths_around_a_tile",
+    ),
+    Mutation(
+        "window context cut at the last query",
+        "decode/tiles.py",
+        "(position - window + 1)",
+        "(position + width - window)",
+        "test_paged_attention.py::test_a_sliding_window_counts_the_query_itself",
+    ),
+    Mutation(
+        "shape follows the longest neighbour",
+        "decode/tiles.py",
+        "_smallest_that_holds(context, PIECE_TOKENS)",
+        "_smallest_that_holds(context.max().expand_as(context), PIECE_TOKENS)",
+        "test_paged_attention.py::test_the_shape_of_a_tile_is_its_own_sequences",
+    ),
+]
+
+
+class Run:
+    """The tests of one mutation, running in a fork on a mutated copy of the source."""
+
+    def __init__(self, mutation: Mutation) -> None:
+        self.mutation = mutation
+        self.folder = tempfile.TemporaryDirectory()
+        root = Path(self.folder.name)
+        shutil.copytree(KERNELS / "src", root / "src", ignore=shutil.ignore_patterns("__pycache__"))
+        file = root / "src" / "turboquant_kernels" / mutation.file
+        self.source = file.read_text()
+        file.write_text(self.source.replace(mutation.before, mutation.after))
+        self.process = multiprocessing.get_context("fork").Process(target=_test, args=(root, mutation.tests))
+        self.process.start()
+
+    def outcome(self) -> Outcome:
+        """Waits for the end."""
+        self.process.join(SECONDS)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+            return Outcome(self.mutation, f"a run of more than {SECONDS} s")
+        output = Path(self.folder.name, "output").read_text()
+        self.folder.cleanup()
+        times = self.source.count(self.mutation.before)
+        if times != 1:
+            return Outcome(self.mutation, None, f"its text stands {times} times in {self.mutation.file}")
+        if self.process.exitcode == 0:
+            return Outcome(self.mutation, None, f"{self.mutation.tests} passes")
+        failed = re.search(r"^(?:FAILED|ERROR) \S*?(test_\w+\.py(?:::\S+)?)", output, re.MULTILINE)
+        if self.process.exitcode != 1 or not failed:
+            problem = f"pytest ended with {self.process.exitcode}: {output[-300:]}"
+            return Outcome(self.mutation, None, problem)
+        return Outcome(self.mutation, failed[1])
+
+
+def _test(root: Path, tests: str) -> None:
+    """In the fork: pytest on the copy in `root`, its output in a file there."""
+    output = os.open(root / "output", os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.chdir(root)
+    sys.path.insert(0, str(root / "src"))
+    os.environ["PYTHONPATH"] = str(root / "src")
+    package = importlib.util.find_spec("turboquant_kernels")
+    if package is None or not str(package.origin).startswith(str(root)):
+        sys.exit(f"the package under test is {package}, not the mutated copy")
+    options = ["-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider"]
+    os._exit(pytest.main([*options, str(KERNELS / "tests" / tests)]))
+
+
+def outcomes(mutations: list[Mutation]) -> Iterator[Outcome]:
+    """`AT_ONCE` at a time, in the order of the list."""
+    running: list[Run] = []
+    for mutation in mutations:
+        running.append(Run(mutation))
+        if len(running) == AT_ONCE:
+            yield running.pop(0).outcome()
+    for run in running:
+        yield run.outcome()
+
+
+def main(names: list[str]) -> int:
+    """Runs the mutations whose names contain one of `names`, or all."""
+    chosen = [m for m in MUTATIONS if not names or any(name in m.name for name in names)]
+    console = Console()
+    done = []
+    for outcome in outcomes(chosen):
+        done.append(outcome)
+        console.print(f"{len(done):2}/{len(chosen)} {outcome.mutation.name}", highlight=False)
+    table = Table("mutation", "file", "caught by", title="Mutations of kernels/src")
+    for outcome in done:
+        table.add_row(
+            outcome.mutation.name,
+            outcome.mutation.file,
+            outcome.caught_by or f"[red]SURVIVED[/red]: {outcome.problem}",
+        )
+    console.print(table)
+    survived = sum(outcome.caught_by is None for outcome in done)
+    console.print(f"{len(done) - survived} of {len(done)} caught")
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
