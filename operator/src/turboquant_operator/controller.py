@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from turboquant_operator.api.object import Identity, InvalidSpecError, parse_spec
 from turboquant_operator.builders.metadata import PLAN_HASH, Manifest
+from turboquant_operator.children import Children
 from turboquant_operator.engine_capacity import (
     SCRAPE_AGAIN_SECONDS,
     CapacityReader,
@@ -32,7 +33,7 @@ from turboquant_operator.metrics import OperatorMetrics
 from turboquant_operator.planner import NoPlan
 from turboquant_operator.planning import Planning
 from turboquant_operator.problems import Problem, is_ready
-from turboquant_operator.reconcile import Children, Desired, Images, desired, is_applied
+from turboquant_operator.reconcile import Desired, Images, desired, is_applied
 from turboquant_operator.status import (
     Seen,
     events,

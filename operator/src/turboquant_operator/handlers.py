@@ -12,17 +12,18 @@ from typing import Any
 
 import kopf
 from aiohttp import web
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, ProcessCollector, generate_latest
 
 from turboquant_operator.api import GROUP, PLURAL, VERSION
 from turboquant_operator.builders.metadata import INSTANCE, MANAGED_BY, MANAGER, Manifest, object_of_pod
+from turboquant_operator.children import Children
 from turboquant_operator.controller import Controller, Key
 from turboquant_operator.kube import Kube
 from turboquant_operator.lease import LEASE_NAME, Heartbeat
 from turboquant_operator.metrics import OperatorMetrics
 from turboquant_operator.model_reader import ModelReader
 from turboquant_operator.planning import Planning
-from turboquant_operator.reconcile import Children, Images
+from turboquant_operator.reconcile import Images
 from turboquant_operator.settings import Settings
 
 WORKERS = 8
@@ -77,6 +78,7 @@ async def start(settings: kopf.OperatorSettings, memo: kopf.Memo, **indexes: Any
         raise kopf.PermanentError(f"The API server does not know {PLURAL}.{GROUP}: install the CRD.")
     cluster = IndexedCluster(indexes["objects"], indexes["children"])
     registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
     controller = Controller(
         kube=kube,
         cluster=cluster,

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from turboquant_operator.api.spec import Model
+from turboquant_operator.inspection import Document
 from turboquant_operator.model_source import read_public_model
 from turboquant_operator.planner.outcome import NoPlan, unknown
-from turboquant_operator.reconcile import Document
 
 PATIENCE_SECONDS = 2.0
 """How long a pass waits for a model: most are read by then, and the object's status does not flicker."""

@@ -6,32 +6,68 @@ made by the pure `planner`.
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from turboquant_kernels.plans import KVPlan
 from turboquant_operator.api.object import Identity
 from turboquant_operator.api.spec import TurboQuantDeploymentSpec
-from turboquant_operator.kube import Kube
-from turboquant_operator.model_reader import ModelReader
-from turboquant_operator.model_source import facts_of, unsupported_source
-from turboquant_operator.planner import NoPlan
-from turboquant_operator.planner.accelerators import CPU, NodeGPUs
-from turboquant_operator.planner.outcome import refused, unknown
-from turboquant_operator.reconcile import (
-    Children,
+from turboquant_operator.api.status import Plan
+from turboquant_operator.builders.metadata import Manifest
+from turboquant_operator.children import Children
+from turboquant_operator.inspection import (
     Document,
-    Planned,
-    PlanRequest,
-    gpus_of,
     known_document,
     model_source,
     needs_inspection,
     waiting_for_inspection,
 )
+from turboquant_operator.kube import Kube
+from turboquant_operator.model_reader import ModelReader
+from turboquant_operator.model_source import facts_of, unsupported_source
+from turboquant_operator.planner import ModelFacts, NoPlan, make_plan
+from turboquant_operator.planner.accelerators import CPU, NodeGPUs
+from turboquant_operator.planner.outcome import refused, unknown
+from turboquant_operator.reconcile import Planned
+
+AUTO = "auto"
 
 NODES_SECONDS = 30.0
 """How long a list of the nodes stands: it is long, and asked for at every pass of every object on GPUs."""
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """Everything that a plan is made of but the nodes."""
+
+    spec: TurboQuantDeploymentSpec
+    facts: ModelFacts
+    kv_plan: KVPlan | None = None
+    revision: str = ""
+
+    def plan(self, nodes: Sequence[NodeGPUs] | None, before: str = "") -> Plan | NoPlan:
+        """The plan. `auto` keeps to the accelerator that it chose before, as long as that holds what is asked
+        for: a node that comes or goes must not roll a running model.
+        """
+        if self.spec.accelerator.type == AUTO and before not in ("", CPU):
+            named = self.spec.accelerator.model_copy(update={"type": before})
+            kept = self._plan(self.spec.model_copy(update={"accelerator": named}), nodes)
+            if isinstance(kept, Plan):
+                return kept
+        return self._plan(self.spec, nodes)
+
+    def _plan(self, spec: TurboQuantDeploymentSpec, nodes: Sequence[NodeGPUs] | None) -> Plan | NoPlan:
+        return make_plan(spec, self.facts, nodes=nodes, kv_plan=self.kv_plan, revision=self.revision)
+
+
+def gpus_of(nodes: Iterable[Manifest]) -> list[NodeGPUs]:
+    """The GPUs of the cluster's nodes."""
+    found = (
+        NodeGPUs.from_node(n["metadata"].get("labels", {}), n.get("status", {}).get("allocatable", {}))
+        for n in nodes
+    )
+    return [gpus for gpus in found if gpus is not None]
 
 
 class Planning:

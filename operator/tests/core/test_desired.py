@@ -9,20 +9,15 @@ from sample import OWNER, PLAN, deployment, owned, pod, spec
 from turboquant_operator.api.spec import TurboQuantDeploymentSpec
 from turboquant_operator.api.status import Plan
 from turboquant_operator.builders.children import MODEL_SOURCE, plan_config_map
-from turboquant_operator.planner.outcome import NoPlan, unfit, unknown
-from turboquant_operator.reconcile import (
-    Children,
-    Desired,
-    Images,
-    Planned,
-    desired,
-    is_applied,
+from turboquant_operator.children import Children
+from turboquant_operator.inspection import (
     known_document,
-    marked,
     model_source,
     needs_inspection,
     waiting_for_inspection,
 )
+from turboquant_operator.planner.outcome import NoPlan, unfit, unknown
+from turboquant_operator.reconcile import Desired, Images, Planned, desired, is_applied, marked
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
 IMAGES = Images(gpu="gpu:1", cpu="cpu:1")

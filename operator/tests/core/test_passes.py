@@ -13,6 +13,7 @@ from turboquant_kernels.formats import KVFormat
 from turboquant_kernels.plans import KVPlan
 from turboquant_operator.api.object import Identity
 from turboquant_operator.builders.metadata import INSTANCE, PLAN_HASH, labels
+from turboquant_operator.children import Children
 from turboquant_operator.controller import Controller, Key
 from turboquant_operator.engine_capacity import CapacityReader, ScrapeError
 from turboquant_operator.kube import ConflictError, NotFoundError, RequestError
@@ -20,7 +21,7 @@ from turboquant_operator.metrics import OperatorMetrics
 from turboquant_operator.model_reader import PATIENCE_SECONDS, ModelReader
 from turboquant_operator.planner.outcome import unknown
 from turboquant_operator.planning import Planning
-from turboquant_operator.reconcile import Children, Images
+from turboquant_operator.reconcile import Images
 from turboquant_operator.status import Event, conditions_by_type
 
 LLAMA = {
