@@ -23,6 +23,7 @@ import hypothesis  # noqa: F401 (for the forks, like torch)
 import pytest
 import torch  # noqa: F401
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 KERNELS = Path(__file__).resolve().parents[1] / "kernels"
@@ -431,13 +432,11 @@ def main(names: list[str]) -> int:
     for outcome in outcomes(chosen):
         done.append(outcome)
         console.print(f"{len(done):2}/{len(chosen)} {outcome.mutation.name}", highlight=False)
-    table = Table("mutation", "file", "caught by", title="Mutations of kernels/src")
+    table = Table(title="Mutations of kernels/src")
+    for header in ("mutation", "caught by"):
+        table.add_column(header, overflow="fold")
     for outcome in done:
-        table.add_row(
-            outcome.mutation.name,
-            outcome.mutation.file,
-            outcome.caught_by or f"[red]SURVIVED[/red]: {outcome.problem}",
-        )
+        table.add_row(outcome.mutation.name, escape(outcome.caught_by or f"SURVIVED: {outcome.problem}"))
     console.print(table)
     survived = sum(outcome.caught_by is None for outcome in done)
     console.print(f"{len(done) - survived} of {len(done)} caught")

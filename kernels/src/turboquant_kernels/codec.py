@@ -166,7 +166,7 @@ class Codec:
     def _residual(self, signs: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
         """norm * sqrt(pi / 2) / D * S.T (+-1): uint8 [..., D] and [...] -> float32 [..., D], rotated."""
         factor = math.sqrt(math.pi / 2) / self.head_dim
-        return (1.0 - 2.0 * signs) @ self._projection * (norm.float() * factor).unsqueeze(-1)
+        return (1.0 - 2.0 * signs.float()) @ self._projection * (norm.float() * factor).unsqueeze(-1)
 
 
 @cache

@@ -142,8 +142,8 @@ def pages_of(kv_cache: torch.Tensor, layout: PageLayout) -> torch.Tensor:
     """The engine's cache as pages: a view, uint8 [num_blocks, block_size / 16, kv_heads, page_bytes].
 
     kv_cache is uint8 [num_blocks, block_size, kv_heads, slot_bytes]. Blocks may lie apart (a page size padded
-    for other layers); within a block the bytes must be contiguous. Raises ValueError where they are not, or
-    where block_size or slot_bytes do not fit the format.
+    for other layers, a multiple of 8 bytes); within a block the bytes must be contiguous. Raises ValueError
+    where they are not, or where block_size or slot_bytes do not fit the format.
     """
     _, block_size, kv_heads, slot_bytes = kv_cache.shape
     if block_size % PAGE_TOKENS:

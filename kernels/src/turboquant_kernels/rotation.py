@@ -55,12 +55,12 @@ def rotation_matrix(head_dim: int, seed: int) -> torch.Tensor:
 def projection_matrix(head_dim: int, seed: int) -> torch.Tensor:
     """S, float32 [D, D], independent standard normal entries: the projection of QJL.
 
-    E sign(S r) S.T = sqrt(2 / pi) * r / |r| per row needs rows that are rotation-invariant, which those of a
-    signed Hadamard matrix are not (paper: definition 1 and algorithm 2).
+    For a row g of S, E sign(<g, r>) g = sqrt(2 / pi) r / |r|, which makes the estimator unbiased. It needs
+    rows that are rotation-invariant; those of a signed Hadamard matrix are not (paper: definition 1).
     """
     generator = random.Random(f"projection {seed}")
     entries = [generator.gauss(0.0, 1.0) for _ in range(head_dim * head_dim)]
-    return torch.tensor(entries).view(head_dim, head_dim)
+    return torch.tensor(entries, dtype=torch.float32).view(head_dim, head_dim)
 
 
 def _sylvester(order: int) -> torch.Tensor:

@@ -87,10 +87,11 @@ def _attend(
     query = query.view(n, width, kv_heads, group, head_dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
     query_position = (tiles.position[:, None] + torch.arange(width))[:, :, None]
 
-    maximum = torch.full((n, kv_heads, group * width, 1), torch.finfo(torch.float32).min)
+    # Finite, so that a piece of which a query sees nothing leaves exp(maximum - maximum) = 1.
+    maximum = query.new_full((n, kv_heads, group * width, 1), torch.finfo(torch.float32).min)
     total = torch.zeros_like(maximum)
     if sinks is not None:
-        maximum.unflatten(2, (group, width)).copy_(sinks.view(kv_heads, group, 1, 1))
+        maximum.unflatten(2, (group, width)).copy_(sinks.reshape(kv_heads, group, 1, 1))
         total.fill_(1.0)
     output = torch.zeros_like(query)
 
