@@ -94,9 +94,13 @@ class Engine:
             self.generate([tokens], max_tokens=1, prompt_logprobs=0)
         finally:
             del self.runner.model.compute_logits
-        # vLLM computes each chunk's prompt logits (all but the last token's) and the sampled token's apart.
-        sampled, *chunks = sorted(seen, key=len)
-        return torch.cat([*chunks, sampled])
+        # After each chunk vLLM computes one row to sample from, the last of which follows the last token, and
+        # then the rows of the chunk's other tokens.
+        rows = [logits for logits in seen if len(logits) > 1]
+        rows.append([logits for logits in seen if len(logits) == 1][-1])
+        logits = torch.cat(rows)
+        assert len(logits) == len(tokens)
+        return logits
 
 
 @pytest.fixture(scope="session")

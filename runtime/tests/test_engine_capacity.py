@@ -99,11 +99,9 @@ def test_the_reported_baseline_is_what_a_bf16_engine_has(start, shape, name, pla
         engine.config,
         vllm_0_25.plan_of(engine.config),
         [engine.runner.get_kv_cache_spec()],
-        [engine.runner.kv_cache_config],
+        [MEMORY],
     )
-    # The memory counted is that of whole blocks: at most one compressed block less than what was given.
-    actual = start(shape, "auto").capacity_tokens
-    assert actual * (1 - 1 / 100) <= capacity.baseline_tokens <= actual
+    assert capacity.baseline_tokens == start(shape, "auto").capacity_tokens
 
 
 def test_a_sliding_window_model_takes_formats_of_one_size_without_padding(start) -> None:

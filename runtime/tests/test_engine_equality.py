@@ -1,33 +1,62 @@
 """One value, whoever reads it: chunking, caching, load and preemption do not change an answer.
 
-On pretrained weights in float32, with a sliding window short enough that the prompts are longer. What remains
-is rounding: a sum taken in another order can move a coordinate over the border between two codes. So the log
-probabilities may differ by `BOUND`, and tokens where the two best are further apart than that must be equal.
+On two layers of a pretrained model in float32, one with a sliding window shorter than the prompts and one
+without. What remains is rounding: a sum taken in another order. Almost always it stays rounding (1e-5 nats);
+now and then it moves a coordinate over the border between two codes, which shows as up to 0.05. Changing the
+embeddings by one part in ten million, without any change of load, does the same. Through a whole model that
+does not stay rare, since layers after the first flip see other vectors and more codes change: by one part in
+a million in the embeddings all 18 layers of this model move by up to 0.17, at 8 bits. Hence two layers.
 """
 
-import itertools
+from pathlib import Path
+from statistics import median
 
 import pytest
 
 pytestmark = pytest.mark.engine
 
-BOUND = 0.05
+ROUNDING = 1e-3
+"""Nats, for the median over the tokens of a test."""
+
+FLIP = 0.1
+"""Nats, for each token. Tokens where the two best are further apart must be equal."""
+
+BLOCKS = 66
+"""Of 16 tokens: 32 for the layer with full attention, 33 for the one with a window, and the null block."""
+
 MAX_TOKENS = 8
 
 
 @pytest.fixture(scope="module")
-def engine(start_engine, gemma):
-    # 200 blocks of 16 tokens: the least that one request of the maximum length needs, so that sixteen short
-    # ones do not all fit.
+def two_layers(gemma, tmp_path_factory) -> Path:
+    """The first sliding-window layer and the first full-attention layer of Gemma-3-270m."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("two-layers")
+    model = AutoModelForCausalLM.from_pretrained(gemma, dtype=torch.bfloat16)
+    kinds = model.config.layer_types
+    chosen = [kinds.index("sliding_attention"), kinds.index("full_attention")]
+    model.model.layers = torch.nn.ModuleList(model.model.layers[index] for index in chosen)
+    model.config.layer_types = [kinds[index] for index in chosen]
+    model.config.num_hidden_layers = 2
+    model.config.sliding_window = 64
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gemma).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engine(start_engine, two_layers):
+    # The least blocks that one request of the maximum length needs, so that sixteen shorter ones do not fit.
     return start_engine(
-        gemma,
+        two_layers,
         "tq-k4v4",
         dtype="float32",
-        hf_overrides={"sliding_window": 64},
         block_size=16,
         max_model_len=512,
         max_num_batched_tokens=512,
-        num_gpu_blocks_override=200,
+        num_gpu_blocks_override=BLOCKS,
         kv_cache_memory_bytes=64 << 20,
     )
 
@@ -53,16 +82,27 @@ def lone(engine):
     return lone
 
 
-def assert_same_answer(output, expected) -> None:
-    steps = zip(output.outputs[0].logprobs, expected.outputs[0].logprobs, strict=True)
-    for token, other, (step, reference) in zip(
-        output.outputs[0].token_ids, expected.outputs[0].token_ids, steps, strict=True
-    ):
-        assert step[token].logprob == pytest.approx(reference[other].logprob, abs=BOUND)
-        if token != other:
-            best, second = sorted((p.logprob for p in reference.values()), reverse=True)[:2]
-            assert best - second <= BOUND, f"{token} for {other}, which was ahead by {best - second:.3f}"
-            return  # from here on the two continue different texts
+def assert_same_answers(outputs, expected) -> None:
+    """Log probabilities agree as above and tokens are equal, up to one that was a tie within the bound."""
+    differences = []
+    for output, reference in zip(outputs, expected, strict=True):
+        for step, other in zip(steps(output), steps(reference), strict=True):
+            (token, logprob), (expected_token, expected_logprob), second = step[0], *other
+            differences.append(abs(logprob - expected_logprob))
+            if token != expected_token:
+                lead = expected_logprob - second[1]
+                assert lead <= FLIP, f"token {token} for {expected_token}, which led by {lead:.3f}"
+                break  # from here on the two continue different texts
+    assert max(differences) <= FLIP
+    assert median(differences) <= ROUNDING
+
+
+def steps(output) -> list[list[tuple[int, float]]]:
+    """The two best tokens of each step with their log probabilities, best first."""
+    return [
+        sorted(((token, p.logprob) for token, p in step.items()), key=lambda pair: -pair[1])[:2]
+        for step in output.outputs[0].logprobs
+    ]
 
 
 def test_a_prefix_hit_answers_as_a_fresh_request(engine, text, lone) -> None:
@@ -72,7 +112,7 @@ def test_a_prefix_hit_answers_as_a_fresh_request(engine, text, lone) -> None:
     engine.generate([text[:150]], max_tokens=1)
     (output,) = engine.generate([prompt], MAX_TOKENS, logprobs=2)
     assert output.num_cached_tokens == 144
-    assert_same_answer(output, expected)
+    assert_same_answers([output], [expected])
 
 
 def test_a_chunked_prefill_answers_as_a_whole_one(engine, text, lone, monkeypatch) -> None:
@@ -90,36 +130,34 @@ def test_a_chunked_prefill_answers_as_a_whole_one(engine, text, lone, monkeypatc
     monkeypatch.setattr(engine.scheduler, "schedule", record)
     (output,) = engine.generate([prompt], MAX_TOKENS, logprobs=2)
     assert chunks[:4] == [50, 50, 50, 40]
-    assert_same_answer(output, expected)
+    assert_same_answers([output], [expected])
 
 
 def test_a_batch_of_mixed_lengths_answers_as_lone_requests(engine, text, lone) -> None:
     prompts = [text[:190], text[100:200], text[30:67], text[:1]]
     expected = [lone(prompt) for prompt in prompts]
     engine.forget()
-    for output, reference in zip(engine.generate(prompts, MAX_TOKENS, logprobs=2), expected, strict=True):
-        assert_same_answer(output, reference)
+    assert_same_answers(engine.generate(prompts, MAX_TOKENS, logprobs=2), expected)
 
 
 def test_a_preempted_request_answers_as_an_undisturbed_one(engine, text, lone) -> None:
-    # Each holds 2 blocks in each of the 6 groups of layers, 192 of the 199; the third token needs more.
+    # Each holds 2 blocks for each of the two layers, 64 of the 65 in all; their third token needs more.
     prompts = [text[start : start + 30] for start in range(0, 160, 10)]
     expected = [lone(prompt) for prompt in prompts]
     engine.forget()
     before = preemptions(engine)
     outputs = engine.generate(prompts, MAX_TOKENS, logprobs=2)
     assert preemptions(engine) > before
-    for output, reference in zip(outputs, expected, strict=True):
-        assert_same_answer(output, reference)
+    assert_same_answers(outputs, expected)
 
 
 def preemptions(engine) -> int:
     return sum(m.value for m in engine.llm.get_metrics() if m.name == "vllm:num_preemptions")
 
 
-def test_the_bound_tells_other_prompts_apart(text, lone) -> None:
-    """The comparison above can fail: a prompt without its first token has another answer."""
-    prompts = [text[:190], text[1:190]]
-    for one, other in itertools.permutations(prompts, 2):
-        with pytest.raises(AssertionError):
-            assert_same_answer(lone(one), lone(other))
+@pytest.mark.parametrize("missing", [1, 100, 180])
+def test_the_comparison_shows_one_token_that_is_not_read(text, lone, missing: int) -> None:
+    """The comparison above can fail: with one token of the prompt left out it does."""
+    prompt = text[:190]
+    with pytest.raises(AssertionError):
+        assert_same_answers([lone(prompt[:missing] + prompt[missing + 1 :])], [lone(prompt)])

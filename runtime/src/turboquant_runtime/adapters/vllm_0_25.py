@@ -245,7 +245,11 @@ def report_capacity() -> None:
         specs = [dict(worker) for worker in kv_cache_specs]
         configs = lay_out(vllm_config, kv_cache_specs, available_memory)
         plan = plan_of(vllm_config)
-        measured[:] = [] if plan is None else [measure_capacity(vllm_config, plan, specs, configs)]
+        if plan is not None:
+            memory = available_memory
+            if vllm_config.cache_config.num_gpu_blocks_override is not None:
+                memory = [sum(tensor.size for tensor in config.kv_cache_tensors) for config in configs]
+            measured[:] = [measure_capacity(vllm_config, plan, specs, memory)]
         return configs
 
     @dataclass
@@ -267,13 +271,13 @@ def report_capacity() -> None:
 
 
 def measure_capacity(
-    vllm_config: VllmConfig, plan: KVPlan, specs: list[dict[str, Any]], configs: list[Any]
+    vllm_config: VllmConfig, plan: KVPlan, specs: list[dict[str, Any]], memory: list[int]
 ) -> CacheCapacity:
-    """The capacity of an uncompressed cache in the memory that this engine's cache takes.
+    """The capacity that an uncompressed cache would have in this engine's memory.
 
-    `specs` are the layers' cache specs of each worker, `configs` the layouts that vLLM made of them. The
-    baseline is laid out by vLLM's own functions, so that it is exact with sliding windows and layers of
-    mixed sizes too; the smallest of the workers counts, as it does in vLLM.
+    `specs` are the layers' cache specs of each worker, `memory` its bytes. The baseline is laid out by
+    vLLM's own functions, so that it is exact with sliding windows and layers of mixed sizes too; the
+    smallest of the workers counts, as it does in vLLM.
     """
     from vllm.v1.core import kv_cache_utils
 
@@ -283,11 +287,10 @@ def measure_capacity(
     baseline_config.cache_config.num_gpu_blocks_override = None
 
     tokens = []
-    for worker_specs, config in zip(specs, configs, strict=True):
+    for worker_specs, worker_memory in zip(specs, memory, strict=True):
         plain = {name: _uncompressed(spec, name, plan, vllm_config) for name, spec in worker_specs.items()}
         groups = kv_cache_utils.get_kv_cache_groups(baseline_config, plain)
-        memory = sum(tensor.size for tensor in config.kv_cache_tensors)
-        layout = kv_cache_utils.get_kv_cache_config_from_groups(baseline_config, groups, memory)
+        layout = kv_cache_utils.get_kv_cache_config_from_groups(baseline_config, groups, worker_memory)
         tokens.append(kv_cache_utils.get_kv_cache_capacity(baseline_config, layout)[0])
     bytes_per_token = max(
         sum(spec.page_size_bytes / spec.block_size for spec in worker.values()) for worker in specs
