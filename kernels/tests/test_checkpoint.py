@@ -100,3 +100,15 @@ def test_a_broken_safetensors_file_is_named(folder, content):
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"model\.safetensors is not a safetensors file"):
         read_folder(folder)
+
+
+def test_files_of_another_user_are_named_with_the_way_out(folder, monkeypatch):
+    def refuse(path, *_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)  # tests may run as root, whom no file mode stops
+    with pytest.raises(
+        CheckpointError, match=r"may not be read by user \d+: make the model's files"
+    ) as error:
+        read_folder(folder)
+    assert error.value.reason == "ModelNotReadable"

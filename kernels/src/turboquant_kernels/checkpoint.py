@@ -66,14 +66,20 @@ class Checkpoint:
 
 
 def read_folder(folder: Path) -> Checkpoint:
-    """Reads a model folder. Raises CheckpointError: ModelNotFound, InvalidModel."""
+    """Reads a model folder. Raises CheckpointError: ModelNotFound, ModelNotReadable, InvalidModel."""
     if not folder.is_dir():
         raise CheckpointError("ModelNotFound", f"{folder} is not a folder: check the path of the model.")
     path = folder / CONFIG
     if not path.is_file():
         found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
         raise CheckpointError("ModelNotFound", f"{folder} has no {CONFIG} (it has: {found}).")
-    return Checkpoint(_json_object(path), _folder_weights(folder))
+    try:
+        return Checkpoint(_json_object(path), _folder_weights(folder))
+    except PermissionError as error:
+        raise CheckpointError(
+            "ModelNotReadable",
+            f"{error.filename} may not be read by user {os.getuid()}: make the model's files readable for all.",
+        ) from error
 
 
 def read_hub(repository: str, revision: str = "") -> Checkpoint:
