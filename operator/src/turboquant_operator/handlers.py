@@ -101,8 +101,9 @@ def configure(settings: kopf.OperatorSettings) -> None:
     """kopf's settings, each with its reason."""
     # The watched kinds are fixed; watching CRDs and namespaces would need rights on the whole cluster.
     settings.scanning.disabled = True
-    # One line per watched event would bury the rest.
-    logging.getLogger("kopf.objects").setLevel(logging.WARNING)
+    # A line for every watched event and every probe would bury the rest.
+    for chatty in ("kopf.objects", "kopf.activities.probe", "aiohttp.access"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     # Events are posted by the controller, for objects and not for log lines.
     settings.posting.enabled = False
     # Of the children only the operator's own cross the wire, and of all Leases only the heartbeat.

@@ -28,6 +28,9 @@ from turboquant_operator.problems import Manifest, Problem, deployment_problem
 WARNING = "Warning: "
 """Begins a reason of the plan that obeys the spec against advice."""
 
+ON_THE_WAY = ("InspectingModel", "ReadingModel")
+"""Reasons of an unknown plan that pass by themselves in seconds."""
+
 Truth = Literal["True", "False", "Unknown"]
 
 
@@ -266,8 +269,9 @@ def _judge_rollout(
 
     if rollout.complete:
         conditions.set("Progressing", "False", "Complete", ready)
-    elif conditions.found["PlanFits"].reason == "InspectingModel":
-        conditions.set("Progressing", "True", "InspectingModel", conditions.found["PlanFits"].message)
+    elif conditions.found["PlanFits"].reason in ON_THE_WAY:
+        fits = conditions.found["PlanFits"]
+        conditions.set("Progressing", "True", fits.reason, fits.message)
     elif not startable:
         conditions.set("Progressing", "False", "NotStarted", "No pod is made for the present spec")
     elif spec.plan_only:
@@ -345,6 +349,6 @@ def _condition_events(kind: str, old: Mapping[str, Any], new: Mapping[str, Any])
             if new["reason"] == "AcceptedWithWarning"
             else []
         )
-    if new["reason"] in ("NotAccepted", "InspectingModel"):
+    if new["reason"] in ("NotAccepted", *ON_THE_WAY):
         return []
     return [Event("Warning", new["reason"], new["message"])]
