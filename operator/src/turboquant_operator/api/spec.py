@@ -151,8 +151,8 @@ class Model(APIModel):
     ]
     """hf://organisation/name, pvc://claim/path, s3://bucket/path or oci://image. A change rolls the pods."""
     revision: Annotated[str, Field(max_length=128)] = ""
-    """Branch, tag or commit of a hub model; the hub's default branch when empty. The commit that it names when
-    the model is first read is served until uri or revision change: a branch that moves on rolls nothing."""
+    """Branch, tag or commit of a hub model; the hub's default branch when empty. The commit that it names
+    when the model is first read is served until uri or revision change: a branch that moves rolls nothing."""
     served_name: Annotated[str, Field(max_length=128)] = ""
     """The model name in the OpenAI API; the object's name when empty."""
     credentials_secret_ref: SecretReference | None = None
