@@ -103,12 +103,10 @@ def test_a_broken_safetensors_file_is_named(folder, content):
 
 
 def test_files_of_another_user_are_named_with_the_way_out(folder, monkeypatch):
-    def refuse(path, *_):
+    def refuse(path, *_, **__):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "open", refuse)  # tests may run as root, whom no file mode stops
-    with pytest.raises(
-        CheckpointError, match=r"may not be read by user \d+: make the model's files"
-    ) as error:
+    with pytest.raises(CheckpointError, match=r"may not be read by user \d+: make its files") as error:
         read_folder(folder)
     assert error.value.reason == "ModelNotReadable"

@@ -78,7 +78,7 @@ def read_folder(folder: Path) -> Checkpoint:
     except PermissionError as error:
         raise CheckpointError(
             "ModelNotReadable",
-            f"{error.filename} may not be read by user {os.getuid()}: make the model's files readable for all.",
+            f"{error.filename} may not be read by user {os.getuid()}: make its files readable for all.",
         ) from error
 
 
