@@ -48,7 +48,7 @@ def test_throughput_mode_doubles_the_defaults():
 
 def test_dtype_and_eager_are_read():
     found = engine_settings(["--dtype", "half", "--enforce-eager"], H100, 4096)
-    assert (found.dtype, found.cuda_graphs) == ("float16", False)
+    assert (found.dtype, found.compiled) == ("float16", False)
 
 
 @pytest.mark.parametrize(

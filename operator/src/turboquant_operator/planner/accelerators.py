@@ -21,8 +21,9 @@ GPU_RESOURCE = "nvidia.com/gpu"
 GPUS_PER_NODE = 8
 """Most GPUs one replica may use where no node says how many it has: the size of an HGX board."""
 
-RESERVED_MIB = 620
-"""Memory that nvidia-smi counts and CUDA does not hand out."""
+RESERVED_MIB = 616
+"""Memory that nvidia-smi counts and CUDA does not hand out (its `memory.reserved`), where the catalogue does
+not say: that of the H200, the larger of two that were looked at with driver 580 (H100: 480)."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,12 @@ class Accelerator:
     """Values of `PRODUCT_LABEL` that are this GPU: what the pods' node affinity selects."""
     memory_mib: int
     gpus_per_node: int = GPUS_PER_NODE
+    reserved_mib: int = RESERVED_MIB
 
     @property
     def total_bytes(self) -> int:
         """What `cudaMemGetInfo` calls total, of which the engine takes its share."""
-        return (self.memory_mib - RESERVED_MIB) * 2**20
+        return (self.memory_mib - self.reserved_mib) * 2**20
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,12 @@ def catalogue() -> Mapping[str, Accelerator]:
     """All known GPUs by name."""
     document = json.loads((files(__package__) / "accelerators.json").read_text())
     return {
-        name: Accelerator(name, tuple(entry["products"]), entry["memory_mib"])
+        name: Accelerator(
+            name,
+            tuple(entry["products"]),
+            entry["memory_mib"],
+            reserved_mib=entry.get("reserved_mib", RESERVED_MIB),
+        )
         for name, entry in document.items()
     }
 
@@ -118,5 +125,6 @@ def _of_nodes(nodes: Iterable[NodeGPUs]) -> tuple[Accelerator, ...]:
             known.products if known else (node.product,),
             min(memory, before.memory_mib) if before else memory,
             max(node.allocatable, before.gpus_per_node) if before else node.allocatable,
+            known.reserved_mib if known else RESERVED_MIB,
         )
     return tuple(sorted(found.values(), key=lambda gpu: (gpu.memory_mib, gpu.name)))

@@ -59,7 +59,8 @@ class EngineSettings:
     """Most sequences of one step."""
     dtype: str | None = None
     """`--dtype` where the user gave one."""
-    cuda_graphs: bool = True
+    compiled: bool = True
+    """`torch.compile` and CUDA graphs, which `--enforce-eager` turns off."""
     images: bool = True
     """A multi-modal model is asked to take images."""
     extra_models: bool = False
@@ -100,7 +101,7 @@ def engine_settings(
         batched_tokens=tokens,
         sequences=min(sequences, tokens) if "max-num-seqs" not in numbers else sequences,
         dtype=_DTYPES[dtype],
-        cuda_graphs=accelerator is not None and "enforce-eager" not in given,
+        compiled="enforce-eager" not in given,
         images=_takes_images(given),
         extra_models=bool({"speculative-config", "enable-lora"} & given.keys()),
     )
