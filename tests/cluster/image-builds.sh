@@ -25,11 +25,23 @@ once() {
   local work=$CACHE_DIR/building-$1
   stackable "$BUILDAH_STORAGE/run"
   mkdir -p "$CACHE_DIR/locks"
-  exec {building}>"$CACHE_DIR/locks/$1"
+  exec {builds}>"$CACHE_DIR/locks/builds" {building}>"$CACHE_DIR/locks/$1"
+  flock --shared "$builds" # `tidy` looks for others here
   flock "$building"
   rm -rf "$work"
   mkdir "$work"
   "${@:2}" "$work"
   rm -rf "$work"
-  exec {building}>&-
+  exec {builds}>&- {building}>&-
+}
+
+# tidy NAME: unless another build runs, delete what killed builds left and all but the three newest images of each
+# kind and NAME. Within `once`.
+tidy() {
+  local old
+  flock --exclusive --nonblock "$builds" || return 0
+  run_buildah rm --all
+  run_buildah images --format '{{.Name}}:{{.Tag}}' | # the newest first
+    awk -F: -v keep="$1" '/turboquant-/ && ++seen[$1] > 3 && $0 != keep' |
+    while read -r old; do run_buildah rmi "$old" </dev/null; done
 }
