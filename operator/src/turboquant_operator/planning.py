@@ -99,9 +99,11 @@ class Planning:
             return Planned(source, unsupported)
         held_source, held = self._documents.get(owner.uid, ("", None))
         document = held if held_source == source else known_document(owner, children, source)
-        if document is None and needs_inspection(spec):
+        inspected = needs_inspection(spec)
+        if document is None and inspected:
             return Planned(source, waiting_for_inspection(owner, children, source), inspect=True)
-        if document is None or not document.get("config"):  # Empty: the user's facts stood in for it.
+        # An empty config stands for a hub that did not answer when the user's own facts were enough.
+        if document is None or not (inspected or document.get("config")):
             read = await self._models.read(spec.model, wake)
             if isinstance(read, NoPlan):
                 return Planned(source, read)
