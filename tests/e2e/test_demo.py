@@ -57,5 +57,4 @@ def test_the_gain_is_measured_over_baseline(status: dict[str, Any]) -> None:
 
 
 def test_the_model_answers(demo: str) -> None:
-    assert "The capital of France is" in demo
-    assert "Paris" in demo
+    assert "Water freezes at 0 degrees Celsius" in demo
