@@ -21,9 +21,9 @@ $(STAMP): requirements/dev.txt $(PYPROJECTS)
 	/sbin/ldconfig -p | grep -q libnuma.so.1 || missing="$$missing libnuma1"; \
 	[ -z "$$missing" ] || { echo "installing Debian packages: $$missing"; \
 	  apt-get update -q && apt-get install -yq --no-install-recommends $$missing; }
-	$(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	$(BIN)/uv pip sync --python $(BIN)/python --require-hashes requirements/dev.txt
+	[ -x $(BIN)/uv ] || $(PYTHON) -m venv --clear .venv
+	[ -x $(BIN)/uv ] || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements/dev.txt
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --quiet -e kernels -e runtime -e operator
 	@touch $@
 
