@@ -16,7 +16,7 @@ from turboquant_operator.builders.children import MODEL_SOURCE, stored_document
 from turboquant_operator.builders.metadata import Manifest, inspection_pod_name, plan_config_map_name
 from turboquant_operator.children import Children
 from turboquant_operator.planner.outcome import NoPlan, unknown
-from turboquant_operator.problems import pod_problem
+from turboquant_operator.problems import last_words, pod_problem
 
 INSPECTION_RETRY = timedelta(minutes=2)
 """How long a failed inspection stands, to be read by people too, before another is tried."""
@@ -45,10 +45,11 @@ def known_document(owner: Identity, children: Children, source: str) -> Document
     if stored is not None:
         return stored
     pod = _inspection_pod(owner, children, source)
-    if pod is None or pod.get("status", {}).get("phase") != "Succeeded":
+    ended = _ended(pod) if pod is not None else None
+    if ended is None or ended.get("exitCode") != 0:
         return None
     try:
-        document = json.loads(_last_words(pod))
+        document = json.loads(ended.get("message", ""))
     except ValueError:
         return None
     return document if isinstance(document, dict) else None
@@ -59,11 +60,9 @@ def waiting_for_inspection(owner: Identity, children: Children, source: str) -> 
     pod = _inspection_pod(owner, children, source)
     if pod is None:
         return unknown("InspectingModel", "A pod is made that reads the model's configuration.")
-    phase = pod.get("status", {}).get("phase")
-    if phase == "Succeeded":
-        return unknown("ModelInspectionFailed", f"The inspection pod said no facts: {_last_words(pod)!r}")
-    if phase == "Failed":
-        why = _last_words(pod) or pod["status"].get("message", "it gave no reason")
+    ended = _ended(pod)
+    if ended is not None:
+        why = last_words(ended.get("message", "")) or ended.get("reason", "it gave no reason")
         return unknown("ModelInspectionFailed", f"The model could not be read: {why}")
     problem = pod_problem(pod, children.mount_failures())
     if problem is not None:
@@ -77,9 +76,10 @@ def is_spent(pod: Manifest, wanted: str | None, now: datetime) -> bool:
     """
     if _source_of(pod) != wanted:
         return True
-    if pod.get("status", {}).get("phase") not in ("Succeeded", "Failed"):
+    ended = _ended(pod)
+    if ended is None:
         return False
-    finished = _terminated(pod).get("finishedAt") or pod["metadata"]["creationTimestamp"]
+    finished = ended.get("finishedAt") or pod["metadata"]["creationTimestamp"]
     return now - datetime.fromisoformat(finished) > INSPECTION_RETRY
 
 
@@ -95,12 +95,13 @@ def _inspection_pod(owner: Identity, children: Children, source: str) -> Manifes
     return pod
 
 
-def _terminated(pod: Manifest) -> Mapping[str, Any]:
-    for container in pod.get("status", {}).get("containerStatuses", ()):
-        terminated: Mapping[str, Any] = container.get("state", {}).get("terminated", {})
-        return terminated
-    return {}
-
-
-def _last_words(pod: Manifest) -> str:
-    return str(_terminated(pod).get("message", "")).strip()
+def _ended(pod: Manifest) -> Mapping[str, Any] | None:
+    """How the pod's container ended, None while it has not. A pod that was evicted, or that ran into its
+    deadline, may tell it of the pod alone.
+    """
+    status: Mapping[str, Any] = pod.get("status", {})
+    for container in status.get("containerStatuses", ()):
+        terminated: Mapping[str, Any] | None = container.get("state", {}).get("terminated")
+        if terminated is not None:
+            return terminated
+    return status if status.get("phase") == "Failed" else None

@@ -108,10 +108,20 @@ def _container_problem(pod: str, container: Manifest) -> Problem | None:
             f"Pod {pod}: container {container['name']} was killed for want of memory "
             f"({_restarts(container)}); raise spec.pod.resources.limits.memory.",
         )
-    last_words = ended.get("message", "").strip()[-LAST_WORDS:] or f"exit code {ended.get('exitCode')}"
+    words = last_words(ended.get("message", "")) or f"exit code {ended.get('exitCode')}"
     return Problem(
-        "CrashLoop", f"Pod {pod}: container {container['name']} ended ({_restarts(container)}): {last_words}"
+        "CrashLoop", f"Pod {pod}: container {container['name']} ended ({_restarts(container)}): {words}"
     )
+
+
+def last_words(message: str) -> str:
+    """The end of a termination message, from the start of a line where that is not too long."""
+    message = message.strip()
+    if len(message) <= LAST_WORDS:
+        return message
+    tail = message[-LAST_WORDS:]
+    _, newline, whole_lines = tail.partition("\n")
+    return whole_lines if newline else tail
 
 
 def _restarts(container: Manifest) -> str:

@@ -44,12 +44,24 @@ def inspection(
     phase: str = "Pending", source: str = "source-1", message: str = "", age: int = 0
 ) -> dict[str, Any]:
     finished = (NOW - timedelta(seconds=age)).isoformat()
-    state = {"terminated": {"message": message, "finishedAt": finished}}
+    ended = {"message": message, "finishedAt": finished, "exitCode": 0 if phase == "Succeeded" else 1}
+    state = {"terminated": ended} if phase in ("Succeeded", "Failed") else {"running": {}}
     return {
         "kind": "Pod",
         "metadata": owned("llama-inspect") | {"annotations": {MODEL_SOURCE: source}},
         "status": {"phase": phase, "containerStatuses": [{"name": "inspect", "state": state}]},
     }
+
+
+def killed(reason: str) -> dict[str, Any]:
+    """An inspection whose container was killed, and whose pod does not say so yet."""
+    ended = inspection("Running")
+    ended["status"]["containerStatuses"][0]["state"] = {"terminated": {"exitCode": 137, "reason": reason}}
+    return ended
+
+
+def evicted(message: str) -> dict[str, Any]:
+    return inspection() | {"status": {"phase": "Failed", "reason": "Evicted", "message": message}}
 
 
 BUDGET = {"kind": "PodDisruptionBudget", "metadata": owned("llama")}
@@ -178,8 +190,10 @@ def test_pod_that_brings_no_document(pod: dict[str, Any]) -> None:
         (inspection("Running"), "InspectingModel", ""),
         (inspection("Failed", message="no config.json in /model"), "ModelInspectionFailed", "no config.json"),
         (inspection("Succeeded", message="garbage"), "ModelInspectionFailed", "garbage"),
+        (killed("OOMKilled"), "ModelInspectionFailed", "OOMKilled"),
+        (evicted("The node was low on resource: memory."), "ModelInspectionFailed", "low on resource"),
     ],
-    ids=["none", "running", "failed", "garbage"],
+    ids=["none", "running", "failed", "garbage", "killed", "evicted"],
 )
 def test_what_an_object_waits_for(pod: dict[str, Any] | None, reason: str, words: str) -> None:
     children = having(pod) if pod else having()

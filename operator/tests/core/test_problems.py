@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from sample import deployment, pod
 
-from turboquant_operator.problems import LAST_WORDS, Problem, deployment_problem, pod_problem
+from turboquant_operator.problems import LAST_WORDS, Problem, deployment_problem, last_words, pod_problem
 
 
 def waiting(reason: str, message: str = "", **container: Any) -> dict[str, Any]:
@@ -60,6 +60,13 @@ def test_restarted_engine_shows_its_last_end_until_it_is_ready() -> None:
     assert problem is not None
     assert "1 restart): boom" in problem.message
     assert pod_problem(pod(containerStatuses=[{**container, "ready": True}]), {}) is None
+
+
+def test_last_words_begin_with_a_line() -> None:
+    lines = [f"line {number:04}" for number in range(500)]
+    words = last_words("\n".join(lines))
+    assert words.splitlines() == lines[-len(words.splitlines()) :]
+    assert len(words) <= LAST_WORDS
 
 
 def test_last_words_are_the_end_of_a_long_message() -> None:
