@@ -200,7 +200,7 @@ class TestMemory:
     def test_cpu_needs_no_weights(self, spec, facts):
         plan = planned(
             spec(accelerator={"type": "cpu"}, kvCache={"memory": "1Gi"}, capacity={"contextLength": 4096}),
-            facts("qwen3-0.6b"),
+            facts("mixtral-8x7b"),
         )
         assert plan.weight_bytes_per_gpu == 0
 
@@ -258,8 +258,13 @@ class TestMemory:
         assert answer.reason == "InsufficientMemory"
         assert "weights take 65.71 GiB" in answer.message
 
+    def test_weights_without_files_are_counted_from_the_config_and_said_to_be(self, spec, facts):
+        plan = planned(spec(parallelism={"tensor": 1}), facts("mistral-7b-v0.3"))
+        assert plan.weight_bytes_per_gpu == 2 * 7_248_023_552
+        assert "No weight files were read: 13.50 GiB are counted from the config." in plan.reasons
+
     def test_unknown_weights_are_asked_for(self, spec, facts):
-        answer = refusal(spec(), facts("mistral-7b-v0.3"))
+        answer = refusal(spec(), facts("mixtral-8x7b"))
         assert (answer.status, answer.reason) == ("Unknown", "MissingModelFacts")
         assert "model.architecture.weightBytes" in answer.message
 

@@ -123,6 +123,12 @@ def test_weights_of_unknown_dtype_are_taken_for_the_configs(config):
     assert read_facts(config("llama-3.1-8b"), {"": 1000}).weight_bytes == 1000
 
 
+def test_weights_of_quantized_and_multi_modal_models_are_not_counted_from_the_config(config):
+    quantized = {**config("llama-3.1-8b"), "quantization_config": {"quant_method": "awq"}}
+    assert read_facts(quantized).weight_bytes is None
+    assert read_facts(config("gemma-3-4b")).weight_bytes is None
+
+
 def test_quantized_weights_keep_their_bytes(config):
     found = read_facts(
         {**config("llama-3.1-8b"), "quantization_config": {"quant_method": "fp8"}},

@@ -62,6 +62,10 @@ def why(
             f"In the model's own dtype the same memory would hold {baseline.tokens:,} tokens: this is "
             f"{chosen.tokens / baseline.tokens:.2f} times as many."
         )
+    if gpu is not None and chosen.facts.weights_counted:
+        sentences.append(
+            f"No weight files were read: {gib(chosen.facts.weight_bytes or 0)} are counted from the config."
+        )
     if chosen.settings.extra_models:
         sentences.append("Memory of draft models and LoRA adapters is not counted.")
     return sentences

@@ -13,6 +13,7 @@ from turboquant_operator.api.spec import Architecture
 from turboquant_operator.api.status import ModelStatus
 from turboquant_operator.planner.families import FAMILIES, Family, unsupported_attention
 from turboquant_operator.planner.outcome import NoPlan, refused, unknown
+from turboquant_operator.planner.parameters import count_parameters
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of one element of the dtypes in which the engine computes."""
@@ -59,11 +60,13 @@ class ModelFacts:
     dtype: str
     """In which the engine computes and an uncompressed cache is kept: bfloat16, float16 or float32."""
     weight_bytes: int | None
-    """Bytes of all weights once the engine has loaded them; None where no size could be read."""
+    """Bytes of all weights once the engine has loaded them; None where they are not known."""
     key_bias: bool
     """Keys have a bias (Qwen2, Qwen2.5): a large constant part, which plain rotation does not remove."""
     bidirectional_images: bool = False
     """Tokens of one image see each other in both directions, which compressed pages cannot serve yet."""
+    weights_counted: bool = False
+    """No weight files were read: the bytes are counted from the config."""
     hidden_size: int | None = None
     intermediate_size: int | None = None
     """Width of the (dense) MLP."""
@@ -179,15 +182,21 @@ def _normalise(
         return windows
     dtype = _dtype(whole, text)
     quantization = _quantization(whole, text)
+    kv_heads = given.key_value_heads or text.get("num_key_value_heads") or heads
+    weight_bytes = given.weight_bytes or _loaded_bytes(weights, dtype, whole, text)
+    parameters = None
+    if weight_bytes is None and quantization is None and "text_config" not in whole:
+        parameters = count_parameters(text, layers, heads, kv_heads, head_dim)
     return ModelFacts(
         architecture=architecture,
         windows=windows,
         attention_heads=heads,
-        key_value_heads=given.key_value_heads or text.get("num_key_value_heads") or heads,
+        key_value_heads=kv_heads,
         head_dim=head_dim,
         context_length=given.context_length or _context_length(text),
         dtype=dtype,
-        weight_bytes=given.weight_bytes or _loaded_bytes(weights, dtype, whole, text),
+        weight_bytes=parameters * ELEMENT_BYTES[dtype] if parameters else weight_bytes,
+        weights_counted=parameters is not None,
         key_bias=_key_bias(text, family),
         bidirectional_images=bool(whole.get("vision_config")) and whole.get("model_type") in _PREFIX_IMAGES,
         hidden_size=hidden,

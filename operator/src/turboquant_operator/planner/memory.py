@@ -6,8 +6,9 @@ vLLM 0.25.1 (v1/worker/gpu_worker.py, `determine_available_memory`): cache = cei
 three terms in `work_bytes`.
 
 Measured on an H100 80GB (driver 580) and an H200 at 0.9 of memory, one GPU, dummy weights in bf16:
-Llama-3.1-8B, Mistral-7B and Qwen3-8B, eager and compiled, with 2,048 and 8,192 tokens and 64 to 1,024 sequences. Predicted
-tokens are within 0.1% there (``test_memory.py``). Tensor and pipeline parallelism are not measured yet.
+Llama-3.1-8B, Mistral-7B and Qwen3-8B, eager and compiled, with 2,048 and 8,192 tokens and 64 to 1,024
+sequences. Predicted tokens are within 0.1% there (``test_memory.py``). Tensor and pipeline parallelism are
+not measured yet.
 """
 
 from math import ceil
