@@ -23,7 +23,6 @@ DEEPSEEK = {
     "qk_nope_head_dim": 64,
     "qk_rope_head_dim": 32,
     "v_head_dim": 64,
-    "n_routed_experts": None,
 }
 
 
@@ -60,6 +59,7 @@ SERVERS = """
 import json, os, runpy, sys
 import vllm.entrypoints.openai.api_server
 sys.modules.pop("vllm.entrypoints.openai.api_server")
+codes = []
 for output, arguments in json.load(sys.stdin):
     if os.fork() == 0:
         file = os.open(output, os.O_WRONLY | os.O_CREAT)
@@ -68,7 +68,8 @@ for output, arguments in json.load(sys.stdin):
         sys.argv = ["api_server.py", *arguments]
         runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__", alter_sys=True)
         os._exit(0)
-    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+    codes.append(os.waitstatus_to_exitcode(os.wait()[1]))
+print(json.dumps(codes))
 """
 
 
@@ -90,7 +91,7 @@ def refusals(dummy_model, tmp_path_factory) -> dict[str, tuple[int, str]]:
         timeout=900,
         check=True,
     )
-    codes = [int(line) for line in done.stdout.split()]
+    codes = json.loads(done.stdout.splitlines()[-1])
     return {
         case: (code, Path(output).read_text())
         for (case, (output, _)), code in zip(runs.items(), codes, strict=True)

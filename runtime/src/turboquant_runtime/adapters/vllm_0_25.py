@@ -152,7 +152,8 @@ def _facts(vllm_config: VllmConfig) -> EngineFacts:
         bidirectional_images=model.is_mm_prefix_lm
         and multimodal is not None
         and multimodal.get_limit_per_prompt("image") > 0,
-        kv_connector=vllm_config.kv_transfer_config is not None,
+        kv_connector=vllm_config.kv_transfer_config is not None
+        or vllm_config.cache_config.kv_offloading_size is not None,
     )
 
 
