@@ -13,7 +13,7 @@ class Settings:
     runtime_image: str
     """TURBOQUANT_RUNTIME_IMAGE: the engine's image on GPUs, where `spec.engine.image` names none."""
     runtime_cpu_image: str
-    """TURBOQUANT_RUNTIME_CPU_IMAGE: the same for accelerator type cpu, and the image of inspection pods."""
+    """TURBOQUANT_RUNTIME_CPU_IMAGE: the same for accelerator type cpu."""
     namespace: str
     """POD_NAMESPACE: where the operator runs."""
     lease_namespace: str
