@@ -14,10 +14,9 @@ class Settings:
     """TURBOQUANT_RUNTIME_IMAGE: the engine's image on GPUs, where `spec.engine.image` names none."""
     runtime_cpu_image: str
     """TURBOQUANT_RUNTIME_CPU_IMAGE: the same for accelerator type cpu."""
-    namespace: str
-    """POD_NAMESPACE: where the operator runs."""
     lease_namespace: str
-    """TURBOQUANT_LEASE_NAMESPACE: a namespace that the operator watches, for its Lease; its own if unset."""
+    """TURBOQUANT_LEASE_NAMESPACE: a namespace that the operator watches, for its Lease; where it runs
+    (POD_NAMESPACE) if unset."""
     identity: str
     """POD_NAME: the holder that the Lease names."""
     metrics_port: int = 8080
@@ -28,14 +27,13 @@ class Settings:
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:
         """Reads the variables; raises ValueError for a number that is none."""
-        namespace = environment.get("POD_NAMESPACE", "default")
         return cls(
             runtime_image=environment.get("TURBOQUANT_RUNTIME_IMAGE", "turboquant-runtime:latest"),
             runtime_cpu_image=environment.get(
                 "TURBOQUANT_RUNTIME_CPU_IMAGE", "turboquant-runtime-cpu:latest"
             ),
-            namespace=namespace,
-            lease_namespace=environment.get("TURBOQUANT_LEASE_NAMESPACE") or namespace,
+            lease_namespace=environment.get("TURBOQUANT_LEASE_NAMESPACE")
+            or environment.get("POD_NAMESPACE", "default"),
             identity=environment.get("POD_NAME", "turboquant-operator"),
             metrics_port=int(environment.get("TURBOQUANT_METRICS_PORT", cls.metrics_port)),
             resync_seconds=float(environment.get("TURBOQUANT_RESYNC_SECONDS", cls.resync_seconds)),
