@@ -241,3 +241,10 @@ def test_the_baseline_undoes_every_format(adapter, cache_spec) -> None:
                 cache_spec(fmt.name, head_dim), "layers.1", KVPlan.uniform(fmt, 2), config
             )
             assert (spec.head_size, spec.dtype) == (head_dim, torch.bfloat16)
+
+
+def test_layers_of_a_draft_model_are_refused(adapter) -> None:
+    from turboquant_runtime.configuration import RefusedConfiguration
+
+    with pytest.raises(RefusedConfiguration, match="draft models are not supported yet"):
+        adapter.layer_format(KVPlan.uniform(KVFormat(4, 4), 2), "model.layers.2.self_attn.attn")

@@ -61,15 +61,24 @@ def plan_of(vllm_config: VllmConfig) -> KVPlan | None:
     return requested_plan(
         vllm_config.cache_config.cache_dtype,
         additional if isinstance(additional, dict) else {},
-        vllm_config.model_config.get_total_num_hidden_layers() if vllm_config.model_config else 0,
+        vllm_config.model_config.get_total_num_hidden_layers(),
     )
 
 
 def layer_format(plan: KVPlan, layer_name: str) -> KVFormat:
-    """The format of one attention layer, by the number in its name (`model.layers.3.self_attn.attn`)."""
+    """The format of one attention layer, by the number in its name (`model.layers.3.self_attn.attn`).
+
+    Raises RefusedConfiguration for a layer beyond the model's own: that of a draft model.
+    """
     from vllm.model_executor.models.utils import extract_layer_index
 
-    return plan.layers[extract_layer_index(layer_name)]
+    index = extract_layer_index(layer_name)
+    if index >= len(plan.layers):
+        raise RefusedConfiguration(
+            f"{layer_name} is not one of the model's {len(plan.layers)} layers: draft models are not "
+            "supported yet, leave --speculative-config out"
+        )
+    return plan.layers[index]
 
 
 def accept_cache_dtypes() -> None:
@@ -120,9 +129,11 @@ def refuse_early() -> None:
 
     def check_and_update_config(cls: type, vllm_config: VllmConfig) -> None:
         original(vllm_config)
+        if vllm_config.model_config is None:  # a configuration of vLLM's own tests and tools
+            return
         try:
             plan = plan_of(vllm_config)
-            if plan is not None and vllm_config.model_config is not None:
+            if plan is not None:
                 check_servable(plan, _facts(vllm_config))
                 _keep_plain(plan, vllm_config.cache_config.kv_cache_dtype_skip_layers)
                 report_capacity()
