@@ -81,6 +81,9 @@ def answer(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Answers all cases of all configs; a model that vLLM cannot build is reported, not skipped."""
     cases = json.load(sys.stdin)
+    # Models print as they please; only the answers go to the caller.
+    output = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     answers: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for path in map(Path, sys.argv[1:]):
@@ -93,7 +96,8 @@ def main() -> None:
                     answers[path.stem].append(answer(folder, case))
                 except Exception as error:
                     answers[path.stem].append({"failed": f"{type(error).__name__}: {error}"})
-    json.dump(answers, sys.stdout)
+    json.dump(answers, output)
+    output.close()
 
 
 if __name__ == "__main__":
