@@ -32,7 +32,7 @@ NOT_BUILT = {"mistral-small-3.1-24b"}
 
 # vLLM sets up its expert-parallel group, once per process, only if the first model has experts.
 NAMES = sorted(
-    {path.stem for path in (HERE / "configs").glob("*.json")} - REFUSED,
+    {path.stem for path in (HERE / "configs").glob("*.json")} - REFUSED - NOT_BUILT,
     key=lambda n: (n != "mixtral-8x7b", n),
 )
 
