@@ -74,7 +74,7 @@ def requested_plan(cache_dtype: str, additional_config: Mapping[str, Any], num_l
     if not isinstance(document, dict):
         raise RefusedConfiguration(
             f"KV plan: {PLAN_KEY!r} in --additional-config is {document!r}, not an object; "
-            "`tq allocate` writes one"
+            "kv_plan.schema.json of turboquant-kernels says what it holds"
         )
     try:
         plan = KVPlan.from_dict(document)
