@@ -156,7 +156,7 @@ def _facts(vllm_config: VllmConfig) -> EngineFacts:
         num_layers=model.get_total_num_hidden_layers(),
         head_dim=model.get_head_size(),
         block_size=vllm_config.cache_config.block_size,
-        mla=model.is_deepseek_mla,
+        mla=model.use_mla,
         encoder_decoder=model.is_encoder_decoder,
         hybrid=model.is_hybrid,
         chunked_local_attention=getattr(model.hf_text_config, "attention_chunk_size", None) is not None,
