@@ -2,7 +2,7 @@
 
 Source: v1/core/kv_cache_utils.py, `get_kv_cache_groups` (which layers share blocks),
 `get_kv_cache_config_from_groups` (how many blocks there are) and `get_kv_cache_capacity` (the tokens that
-`vllm:cache_config_info` shows as `kv_cache_size_tokens`). ``operator/tests/planner/test_engine_capacity.py``
+`vllm:cache_config_info` shows as `kv_cache_size_tokens`). ``operator/tests/planner/test_vllm_capacity.py``
 compares the two on many shapes. Bytes of a page come from `KVFormat` alone.
 """
 

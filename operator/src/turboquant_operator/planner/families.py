@@ -2,7 +2,7 @@
 
 A config may omit what equals the class default of `transformers`, and which layers have a sliding window
 follows a rule of the family. Both stand here as data, one row per `model_type`. The engine test
-``operator/tests/planner/test_engine_capacity.py`` builds vLLM's own model classes and compares every row.
+``operator/tests/planner/test_vllm_capacity.py`` builds vLLM's own model classes and compares every row.
 """
 
 from collections.abc import Mapping
