@@ -110,9 +110,11 @@ def endpoint() -> Iterator[str]:
 
 def ask(endpoint: str, *models: dict[str, Any], **environment: str) -> list[dict[str, Any]]:
     """Documents or conditions, from a process of its own: the client reads HF_ENDPOINT when imported."""
+    # A machine's own hub settings must not decide what is tested here.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     run = subprocess.run(
         [sys.executable, "-c", ASK, *map(json.dumps, models)],
-        env={**os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_TELEMETRY": "1", **environment},
+        env={**inherited, "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_TELEMETRY": "1", **environment},
         capture_output=True,
         text=True,
         check=True,
