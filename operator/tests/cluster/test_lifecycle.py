@@ -170,7 +170,7 @@ def test_changed_plan_rolls_the_pods(serving: Any, workspace: Workspace, kubelet
     [old] = workspace.engine_pods("gemma")
     workspace.patch(KIND, "gemma", {"spec": {"kvCache": {"format": "tq-k8v4"}}})
     new = eventually(lambda: len(pods := workspace.engine_pods("gemma")) == 2 and (set(pods) - {old}).pop())
-    assert ready_reason(workspace) == "RollingOut"
+    assert eventually(lambda: ready_reason(workspace) == "RollingOut")
     kubelet.ready(new)
     assert eventually(lambda: workspace.engine_pods("gemma") == [new])
     assert eventually(lambda: workspace.condition("gemma", "Ready")["status"] == "True")
