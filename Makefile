@@ -42,13 +42,13 @@ lint: dev ## formatter, linter, types, import contracts
 	$(BIN)/lint-imports
 
 test: lint ## all tests that need no GPU, cluster or engine
-	$(BIN)/python -m pytest -m "not engine and not cluster and not gpu"
+	$(BIN)/python -m pytest -m "not engine and not cluster and not gpu" $(PYTEST_ARGS)
 
 test-engine: dev ## the CPU engine's tests
-	$(BIN)/python -m pytest -m engine
+	$(BIN)/python -m pytest -m engine $(PYTEST_ARGS)
 
 test-cluster: dev ## the operator against a real API server, and the demo as a test
-	$(BIN)/python -m pytest -m cluster
+	$(BIN)/python -m pytest -m cluster $(PYTEST_ARGS)
 
 mutants: dev ## named mutations of codec and byte counts, each of which a test must catch
 	$(BIN)/python tests/mutants.py
