@@ -11,6 +11,8 @@ from typing import Any, Self
 from turboquant_kernels.formats import Encoding, KVFormat
 
 PLAN_VERSION = 1
+PLAN_KEY = "turboquant"
+"""Where a KV plan lies in vLLM's `--additional-config`: written by the operator, read by the engine."""
 DEFAULT_SEED = 0
 """Seed of the rotation signs where no plan names one."""
 

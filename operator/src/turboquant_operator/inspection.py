@@ -15,14 +15,12 @@ from turboquant_operator.api.spec import TurboQuantDeploymentSpec
 from turboquant_operator.builders.children import MODEL_SOURCE, stored_document
 from turboquant_operator.builders.metadata import Manifest, inspection_pod_name, plan_config_map_name
 from turboquant_operator.children import Children
+from turboquant_operator.planner.facts import Document
 from turboquant_operator.planner.outcome import NoPlan, unknown
 from turboquant_operator.problems import last_words, pod_problem
 
 INSPECTION_RETRY = timedelta(minutes=2)
 """How long a failed inspection stands, to be read by people too, before another is tried."""
-
-Document = dict[str, Any]
-"""A model as it was read: `config`, `weights` and `revision`, by the hub reader or an inspection pod."""
 
 
 def model_source(spec: TurboQuantDeploymentSpec) -> str:

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from turboquant_operator.api.spec import Model
-from turboquant_operator.inspection import Document
 from turboquant_operator.model_source import read_public_model
+from turboquant_operator.planner.facts import Document
 from turboquant_operator.planner.outcome import NoPlan, unknown
 
 PATIENCE_SECONDS = 2.0

@@ -12,15 +12,12 @@ from typing import Any
 
 from turboquant_kernels.checkpoint import CONFIG, Checkpoint, CheckpointError, read_folder, read_hub
 from turboquant_operator.api.spec import Architecture, Model
-from turboquant_operator.planner.facts import ModelFacts, read_facts
+from turboquant_operator.planner.facts import Document, ModelFacts, read_facts
 from turboquant_operator.planner.outcome import NoPlan, refused, unknown
 
 HUB = "hf://"
 SCHEMES = (HUB, "pvc://")
 """Model URIs that this release serves."""
-
-Document = dict[str, Any]
-"""`Checkpoint` as JSON: `config`, `weights`, `revision`."""
 
 
 def unsupported_source(uri: str) -> NoPlan | None:

@@ -17,7 +17,6 @@ from turboquant_operator.api.status import Plan
 from turboquant_operator.builders.metadata import Manifest
 from turboquant_operator.children import Children
 from turboquant_operator.inspection import (
-    Document,
     known_document,
     model_source,
     needs_inspection,
@@ -28,6 +27,7 @@ from turboquant_operator.model_reader import ModelReader
 from turboquant_operator.model_source import facts_of, unsupported_source
 from turboquant_operator.planner import ModelFacts, NoPlan, make_plan
 from turboquant_operator.planner.accelerators import CPU, NodeGPUs
+from turboquant_operator.planner.facts import Document
 from turboquant_operator.planner.outcome import refused, unknown
 from turboquant_operator.reconcile import Planned
 

@@ -20,9 +20,10 @@ from turboquant_operator.builders.deployment import Engine, deployment
 from turboquant_operator.builders.inspection import inspection_pod
 from turboquant_operator.builders.metadata import MANIFEST_HASH, Manifest, inspection_pod_name
 from turboquant_operator.children import Children
-from turboquant_operator.inspection import Document, is_spent
+from turboquant_operator.inspection import is_spent
 from turboquant_operator.planner import ModelFacts, NoPlan
 from turboquant_operator.planner.accelerators import CPU
+from turboquant_operator.planner.facts import Document
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from turboquant_kernels.formats import BF16, COMPRESSED_FORMATS, PAGE_TOKENS, KVFormat
-from turboquant_kernels.plans import KVPlan
+from turboquant_kernels.plans import PLAN_KEY, KVPlan
 
 CACHE_DTYPES = frozenset(fmt.name for fmt in COMPRESSED_FORMATS)
 """The values of `--kv-cache-dtype` that this package adds to vLLM's own."""
-
-PLAN_KEY = "turboquant"
-"""Where a KV plan lies in `--additional-config`."""
 
 _UNCOMPRESSED = "or start with --kv-cache-dtype auto for an uncompressed cache"
 

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from turboquant_kernels.formats import BF16
-from turboquant_kernels.plans import KVPlan
+from turboquant_kernels.plans import PLAN_KEY, KVPlan
 from turboquant_operator.api.schema import parse_quantity
 from turboquant_operator.api.spec import TurboQuantDeploymentSpec
 from turboquant_operator.api.status import Plan
@@ -56,9 +56,7 @@ def engine_arguments(
     else:
         arguments["--gpu-memory-utilization"] = f"{spec.engine.gpu_memory_utilization_percent / 100:.2f}"
     if kv_plan is not None:
-        arguments["--additional-config"] = json.dumps(
-            {"turboquant": kv_plan.to_dict()}, separators=(",", ":")
-        )
+        arguments["--additional-config"] = json.dumps({PLAN_KEY: kv_plan.to_dict()}, separators=(",", ":"))
 
     flat = [f"{flag}={value}" for flag, value in arguments.items()]
     if spec.kv_cache.skip_layers:

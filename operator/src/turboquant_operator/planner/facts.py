@@ -15,6 +15,9 @@ from turboquant_operator.planner.families import FAMILIES, Family, unsupported_a
 from turboquant_operator.planner.outcome import NoPlan, refused, unknown
 from turboquant_operator.planner.parameters import count_parameters
 
+Document = dict[str, Any]
+"""A model as the hub reader or an inspection pod has read it: `config`, `weights` and `revision`."""
+
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of one element of the dtypes in which the engine computes."""
 
