@@ -1,0 +1,143 @@
+"""Kernel variants as data, and what each becomes on a GPU that is not at hand.
+
+A kernel module's `variants()` lists every specialization that ships. Triton's own ptxas turns one into a cubin
+for any target without a GPU, and the cuobjdump and nvdisasm beside it say how many registers it takes, what
+it spills and how many instructions it has. The tests hold these to a recorded bound, and a release that would
+not compile for some GPU fails on a laptop.
+"""
+
+import os
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+CAPABILITIES = (80, 90, 100)
+"""The compute capabilities that are compiled for, times ten: Ampere, Hopper, Blackwell."""
+
+KERNEL_MODULES = (
+    "turboquant_kernels.store.kernel",
+    "turboquant_kernels.queries.kernel",
+    "turboquant_kernels.decode.portable",
+    "turboquant_kernels.decode.hopper",
+    "turboquant_kernels.decode.schedule",
+    "turboquant_kernels.decode.merge",
+    "turboquant_kernels.prefill.expand",
+    "turboquant_kernels.prefill.attention",
+)
+"""The modules that define kernels; each has `variants() -> Iterable[AotVariant]`."""
+
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class AotVariant:
+    """One specialization of a kernel, as its launcher would compile it on first use."""
+
+    name: str
+    """Unique among all modules: kernel, format, head_dim and what else is specialized, as decode-hopper-k4v4-d128-g4."""
+    kernel: JITFunction
+    """The @triton.jit or @gluon.jit function."""
+    signature: Mapping[str, str]
+    """Triton type of each run-time parameter: "*u8", "*bf16", "*i32", "i32", "i64", "fp32"."""
+    constexprs: Mapping[str, Any] = field(default_factory=dict)
+    """Value of each other parameter; None and 1 too where the launcher passes them and Triton specializes."""
+    num_warps: int = 4
+    num_stages: int = 3
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further compiler options, such as maxnreg or launch_pdl."""
+    divisible: tuple[str, ...] = ()
+    """Integers that are multiples of 16 at run time, so that Triton specializes them. Pointers always are."""
+    capabilities: tuple[int, ...] = CAPABILITIES
+    """Targets on which the variant ships."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a variant is on one target."""
+
+    variant: str
+    capability: int
+    registers: int
+    """Registers of a thread."""
+    spill_bytes: int
+    """Stack of a thread: what did not fit its registers, and arrays indexed at run time."""
+    shared_bytes: int
+    """Shared memory of a program."""
+    instructions: int
+    """SASS instructions of the kernel, NOPs that pad its end left out."""
+    seconds: float
+    """Time of the compiler; near zero where Triton's cache had the cubin."""
+
+
+def shipped() -> Iterator[AotVariant]:
+    """The variants of every kernel module. Raises ValueError where two have one name."""
+    seen = set()
+    for module in KERNEL_MODULES:
+        for variant in import_module(module).variants():
+            if variant.name in seen:
+                raise ValueError(f"{module}: a second variant named {variant.name}")
+            seen.add(variant.name)
+            yield variant
+
+
+def compile_variant(variant: AotVariant, capability: int) -> Compiled:
+    """Compiles for sm_<capability>, without a GPU. Raises what Triton raises, and ValueError for a variant whose
+    signature and constexprs do not name every parameter once."""
+    names = variant.kernel.arg_names
+    named = sorted([*variant.signature, *variant.constexprs])
+    if named != sorted(names):
+        wrong = sorted(set(named) ^ set(names)) or "a parameter named twice"
+        raise ValueError(f"{variant.name}: signature and constexprs disagree with {variant.kernel}: {wrong}")
+    aligned = [n for n, kind in variant.signature.items() if kind.startswith("*") or n in variant.divisible]
+    source = _source_type(variant.kernel)(
+        fn=variant.kernel,
+        signature={name: variant.signature.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in variant.constexprs.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, **variant.options}
+    begin = time.perf_counter()
+    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    seconds = time.perf_counter() - begin
+    registers, stack, instructions = _inspect(kernel.asm["cubin"])
+    return Compiled(variant.name, capability, registers, stack, kernel.metadata.shared, instructions, seconds)
+
+
+def _source_type(kernel: JITFunction) -> type[ASTSource]:
+    if not kernel.is_gluon():
+        return ASTSource
+    # Here, so that a Triton without Gluon still compiles the other kernels.
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
+
+
+def _inspect(cubin: bytes) -> tuple[int, int, int]:
+    """Registers and stack bytes of a thread, and SASS instructions, of a cubin with one kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _output("cuobjdump", "-res-usage", file.name)
+        sass = _output("nvdisasm", "-c", file.name)
+    # "Function name: REG:128 STACK:0 SHARED:0 LOCAL:0 ..."; a spill shows as STACK, LOCAL is the older name.
+    match = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
+    if match is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {usage}")
+    registers, stack, local = map(int, match.groups())
+    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(\w+)", sass, re.MULTILINE)
+    return registers, stack + local, sum(opcode != "NOP" for opcode in instructions)
+
+
+def _output(tool: str, *arguments: str | os.PathLike[str]) -> str:
+    return subprocess.run([_TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
