@@ -1,9 +1,9 @@
 """Kernel variants as data, and what each becomes on a GPU that is not at hand.
 
-A kernel module's `variants()` lists every specialization that ships. Triton's own ptxas turns one into a cubin
-for any target without a GPU, and the cuobjdump and nvdisasm beside it say how many registers it takes, what
-it spills and how many instructions it has. The tests hold these to a recorded bound, and a release that would
-not compile for some GPU fails on a laptop.
+A kernel module's `variants()` lists every specialization that ships. Triton's own ptxas turns one into a
+cubin for any target without a GPU, and the cuobjdump and nvdisasm beside it say how many registers it takes,
+what it spills and how many instructions it has. The tests hold these to a recorded bound, and a release that
+would not compile for some GPU fails on a laptop.
 """
 
 import os
@@ -45,7 +45,7 @@ class AotVariant:
     """One specialization of a kernel, as its launcher would compile it on first use."""
 
     name: str
-    """Unique among all modules: kernel, format, head_dim and what else is specialized, as decode-hopper-k4v4-d128-g4."""
+    """Unique among all modules: kernel and what it is specialized to, as decode-hopper-k4v4-d128-g4."""
     kernel: JITFunction
     """The @triton.jit or @gluon.jit function."""
     signature: Mapping[str, str]
@@ -92,8 +92,11 @@ def shipped() -> Iterator[AotVariant]:
 
 
 def compile_variant(variant: AotVariant, capability: int) -> Compiled:
-    """Compiles for sm_<capability>, without a GPU. Raises what Triton raises, and ValueError for a variant whose
-    signature and constexprs do not name every parameter once."""
+    """Compiles for sm_<capability>, without a GPU.
+
+    Raises what Triton raises, and ValueError for a variant whose signature and constexprs together do not name
+    every parameter once.
+    """
     names = variant.kernel.arg_names
     named = sorted([*variant.signature, *variant.constexprs])
     if named != sorted(names):
