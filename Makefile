@@ -36,10 +36,11 @@ generate: dev ## write the CRD in crds/ and in the chart, and the tables of docs
 	$(BIN)/python -m turboquant_operator.api.crd
 	$(BIN)/python -m turboquant_operator.api.reference
 
-lint: dev ## formatter, linter, types, import contracts
+lint: dev ## formatter, linter, types, import contracts, shell scripts
 	$(BIN)/ruff format --check . && $(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/shellcheck $$(git grep -lE '^(#!.*bash|# shellcheck shell=bash)' -- .ci tests)
 
 test: lint ## all tests that need no GPU, cluster or engine
 	$(BIN)/python -m pytest -m "not engine and not cluster and not gpu" $(PYTEST_ARGS)
