@@ -65,16 +65,20 @@ def test_levels_are_half_integer_multiples_of_one_step(bits):
     assert len(book.grid.unique()) == 1 << bits
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
-def test_the_complement_of_a_code_is_the_negated_level(bits):
+@pytest.mark.parametrize("bits", range(1, 8))
+def test_a_code_is_a_magnitude_and_a_sign(bits):
     book = codebook(bits, 128)
-    code = torch.arange(1 << bits)
-    assert torch.equal(book.levels[code ^ ((1 << bits) - 1)], -book.levels[code])
-    assert torch.equal(book.levels < 0, code >= 1 << (bits - 1))
+    positive, negative = book.levels.chunk(2)
+    assert (positive > 0).all()
+    assert torch.equal(positive, positive.sort().values)
+    assert torch.equal(negative, -positive)
+    assert torch.equal(book.grid.chunk(2)[1], ~book.magnitudes)
 
 
 def test_an_eight_bit_code_is_the_int8_itself():
-    assert torch.equal(codebook(8, 64).grid, torch.arange(256, dtype=torch.uint8).view(torch.int8))
+    book = codebook(8, 64)
+    assert torch.equal(book.grid, torch.arange(256, dtype=torch.uint8).view(torch.int8))
+    assert book.magnitudes.tolist() == list(range(128))
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -84,6 +88,23 @@ def test_quantize_picks_the_nearest_level(bits):
     distance = (t[:, None] - book.levels).abs()
     chosen = distance.gather(1, book.quantize(t).long()[:, None])[:, 0]
     assert torch.allclose(chosen, distance.min(1).values, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_quantize_is_symmetric_and_rounds_ties_to_the_smaller_level(bits):
+    book = codebook(bits, 128)
+    ties = book.boundaries
+    assert len(ties) == (1 << (bits - 1)) - 1
+    for t in (ties, torch.linspace(1e-3, 5, 999)):
+        assert torch.equal(book.levels[book.quantize(-t).int()], -book.levels[book.quantize(t).int()])
+    half = 1 << (bits - 1)
+    assert book.quantize(ties).tolist() == list(range(half - 1))
+    assert book.quantize(ties.nextafter(torch.tensor(9.0))).tolist() == list(range(1, half))
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_both_zeros_have_the_smallest_positive_level(bits):
+    assert codebook(bits, 128).quantize(torch.tensor([0.0, -0.0])).tolist() == [0, 0]
 
 
 def test_quantize_ends_at_the_outermost_levels():

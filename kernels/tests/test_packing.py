@@ -2,56 +2,94 @@
 
 import pytest
 import torch
+from plain_packing import WIDTHS, bit_places, plain_pack, plain_unpack, region_widths
 
 from turboquant_kernels.formats import COMPRESSED_FORMATS, HEAD_DIMS, PAGE_TOKENS, Encoding, KVFormat
-from turboquant_kernels.packing import PLANES, group_index, pack, page_layout, pages_of, take_rows, unpack
+from turboquant_kernels.packing import (
+    PLANES,
+    group_codes,
+    key_order,
+    page_layout,
+    pages_of,
+    sign_order,
+    take_rows,
+    value_order,
+)
 
-BITS = sorted(PLANES)
+KEYS = [KVFormat(bits, 4) for bits in (2, 3, 4, 5, 6, 8)]
+VALUES = [KVFormat(4, bits) for bits in (2, 3, 4, 8)]
+ORDERS = [
+    *(pytest.param(key_order, fmt, True, id=f"key-{fmt.key_bits}") for fmt in KEYS),
+    *(pytest.param(value_order, fmt, False, id=f"value-{fmt.value_bits}") for fmt in VALUES),
+]
 
 
-def plain_planes(codes, bits):
-    """The bit planes of one vector, bit by bit: list of ints -> list of lists of bytes."""
-    planes, shift = [], 0
-    for width in {1: [1], 2: [2], 3: [2, 1], 4: [4], 5: [4, 1], 6: [4, 2], 8: [8]}[bits]:
-        plane = [0] * (len(codes) * width // 8)
-        for i, code in enumerate(codes):
-            for b in range(width):
-                if code >> (shift + b) & 1:
-                    plane[(i * width + b) // 8] |= 1 << (i * width + b) % 8
-        planes.append(plane)
-        shift += width
-    return planes
+def random_codes(*shape, bits):
+    return torch.randint(0, 1 << bits, shape, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-@pytest.mark.parametrize("bits", BITS)
-def test_planes_are_those_of_the_plain_packer(bits, head_dim):
-    codes = torch.randint(0, 1 << bits, (3, head_dim), dtype=torch.uint8)
-    planes = pack(codes, bits)
+@pytest.mark.parametrize(("order_of", "fmt", "keys"), ORDERS)
+def test_planes_are_those_of_the_plain_packer(order_of, fmt, keys, head_dim):
+    order = order_of(fmt, head_dim)
+    codes = random_codes(3, head_dim, bits=order.bits)
+    planes = order.pack(codes)
     for row in range(3):
-        assert [plane[row].tolist() for plane in planes] == plain_planes(codes[row].tolist(), bits)
+        packed = [plane[row].tolist() for plane in planes]
+        assert packed == plain_pack(codes[row].tolist(), order.bits, keys)
+        assert plain_unpack(packed, order.bits, keys) == codes[row].tolist()
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-@pytest.mark.parametrize("bits", BITS)
-def test_unpack_inverts_pack(bits, head_dim):
-    codes = torch.randint(0, 1 << bits, (2, 5, head_dim), dtype=torch.uint8)
-    assert torch.equal(unpack(pack(codes, bits), bits), codes)
+@pytest.mark.parametrize(("order_of", "fmt", "keys"), ORDERS)
+def test_unpack_inverts_pack(order_of, fmt, keys, head_dim):
+    order = order_of(fmt, head_dim)
+    codes = random_codes(2, 5, head_dim, bits=order.bits)
+    assert torch.equal(order.unpack(order.pack(codes)), codes)
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_planes_take_exactly_the_bits_of_the_codes(bits):
-    codes = torch.zeros(7, 64, dtype=torch.uint8)
-    assert sum(plane.shape[-1] for plane in pack(codes, bits)) * 8 == 64 * bits
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize(("order_of", "fmt", "keys"), ORDERS)
+def test_every_bit_has_a_place_of_its_own_and_every_place_a_bit(order_of, fmt, keys, head_dim):
+    bits = order_of(fmt, head_dim).bits
+    places = [place for i in range(head_dim) for place in bit_places(i, bits, head_dim, keys)]
+    everywhere = [(p, at) for p, width in enumerate(WIDTHS[bits]) for at in range(head_dim * width)]
+    assert sorted(places) == everywhere
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_a_group_index_holds_all_bits_of_its_coordinates(bits):
-    codes = torch.randint(0, 1 << bits, (4000, 64), dtype=torch.uint8)
-    size = 8 // PLANES[bits][0]
-    index = group_index(pack(codes, bits), bits)
-    groups = codes.unflatten(-1, (-1, size)).int() * (1 << bits) ** torch.arange(size)
-    assert len(torch.stack((index, groups.sum(-1))).flatten(1).unique(dim=1)[0]) == (1 << bits) ** size
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_residual_signs_are_in_natural_order(head_dim):
+    signs = random_codes(head_dim, bits=1)
+    assert [sign_order(head_dim).pack(signs)[0].tolist()] == plain_pack(signs.tolist(), 1, keys=True)
+
+
+def test_one_shift_and_mask_bring_three_bit_high_bits_over_a_word_of_codes():
+    """What the order is for: high bits of a whole word, in the nibbles of the codes they belong to."""
+    order = key_order(KVFormat(3, 4), 64)
+    codes = random_codes(64, bits=3)
+    low, high = (plane.view(torch.int32).tolist() for plane in order.pack(codes))
+    for word in range(4):
+        over = high[word // 2] >> 2 * (word % 2) & 0x33333333
+        for k in range(8):
+            pair = codes[16 * word + 2 * k :][:2].tolist()
+            assert over >> 4 * k & 3 == (pair[0] >> 2) | (pair[1] >> 2) << 1
+            assert low[word] >> 4 * k & 15 == (pair[0] & 3) | (pair[1] & 3) << 2
+
+
+@pytest.mark.parametrize("bits", [5, 6])
+def test_one_shift_brings_the_signs_of_four_codes_to_one_place_of_four_bytes(bits):
+    codes = random_codes(64, bits=bits)
+    signs = key_order(KVFormat(bits, 4), 64).pack(codes)[-1].view(torch.int32).tolist()
+    for register in range(16):
+        over = signs[register // 8] >> register % 8 & 0x01010101
+        four = codes[4 * register :][:4].tolist()
+        assert over == sum((code >> bits - 1) << 8 * b for b, code in enumerate(four))
+
+
+@pytest.mark.parametrize("bits", sorted(PLANES))
+def test_a_group_index_tells_all_codes_of_a_group_apart(bits):
+    distinct = group_codes(bits).unique(dim=0)
+    assert len(distinct) == (1 << bits) ** (8 // WIDTHS[bits][0])
 
 
 def test_take_rows_gathers_rows_of_any_width():
@@ -63,20 +101,16 @@ def test_take_rows_gathers_rows_of_any_width():
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("fmt", COMPRESSED_FORMATS, ids=lambda fmt: fmt.name)
-def test_regions_follow_one_another_in_the_documented_order(fmt, head_dim):
+def test_regions_follow_one_another_in_the_documented_order_and_fill_the_page(fmt, head_dim):
     layout = page_layout(fmt, head_dim)
     regions = [
         *layout.key_planes,
         *layout.value_planes,
         *([layout.key_residual_signs] if fmt.encoding is Encoding.PROD else []),
-        layout.key_scale,
-        layout.value_scale,
-        *([layout.key_residual_norm] if fmt.encoding is Encoding.PROD else []),
+        layout.scales,
     ]
-    widths = [head_dim * width // 8 for width in PLANES[fmt.key_code_bits] + PLANES[fmt.value_bits]]
-    widths += [head_dim // 8, 2, 2, 2] if fmt.encoding is Encoding.PROD else [2, 2]
     offset = 0
-    for region, width in zip(regions, widths, strict=True):
+    for region, width in zip(regions, region_widths(fmt, head_dim), strict=True):
         assert (region.offset, region.token_bytes) == (offset, width)
         offset += 16 * width
     assert offset == layout.page_bytes == fmt.page_bytes(head_dim)
@@ -85,9 +119,9 @@ def test_regions_follow_one_another_in_the_documented_order(fmt, head_dim):
 def test_a_region_is_one_token_after_another():
     layout = page_layout(KVFormat(4, 4), 64)
     page = torch.arange(layout.page_bytes).to(torch.uint8)
-    scales = layout.key_scale.of(page)
-    assert scales.shape == (PAGE_TOKENS, 2)
-    assert torch.equal(scales.flatten(), page[16 * 64 : 16 * 64 + 32])
+    scales = layout.scales.of(page)
+    assert scales.shape == (PAGE_TOKENS, 4)
+    assert torch.equal(scales.flatten(), page[16 * 64 :])
 
 
 def test_pages_of_a_block_follow_the_bytes_of_the_block():
@@ -117,7 +151,19 @@ def test_a_cache_of_another_shape_is_refused(cache, message):
         pages_of(cache, page_layout(KVFormat(4, 4), 64))
 
 
-def test_the_plain_packer_places_a_known_code():
-    """Coordinate 3 of a 3-bit vector holds 0b101: its low bits 01 in plane 0, its high bit 1 in plane 1."""
-    codes = [0, 0, 0, 0b101, 0, 0, 0, 0]
-    assert plain_planes(codes, 3) == [[0b01_00_00_00, 0], [0b0000_1000]]
+@pytest.mark.parametrize(
+    ("bits", "keys", "i", "planes"),
+    [
+        # Coordinate 3 of a 3-bit value, code 0b101: low bits 01 in plane 0; k = 1, s = 1, x = 0: bit 5.
+        (3, False, 3, [{0: 0b01_00_00_00}, {0: 0b0010_0000}]),
+        # Coordinate 21 of a 3-bit key: x = 1, k = 2, s = 1: bit 11.
+        (3, True, 21, [{5: 0b00_00_01_00}, {1: 0b0000_1000}]),
+        # Coordinate 6 of a 5-bit key, code 0b10101: r = 1, b = 2: bit 8 * 2 + 1.
+        (5, True, 6, [{3: 0b0000_0101}, {2: 0b0000_0010}]),
+    ],
+)
+def test_the_plain_packer_places_a_known_code(bits, keys, i, planes):
+    codes = [0] * 64
+    codes[i] = {3: 0b101, 5: 0b10101}[bits]
+    packed = plain_pack(codes, bits, keys)
+    assert [{at: byte for at, byte in enumerate(plane) if byte} for plane in packed] == planes

@@ -2,10 +2,19 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from turboquant_kernels.codec import Codec
 from turboquant_kernels.formats import HEAD_DIMS, KVFormat
-from turboquant_kernels.rotation import hadamard, projection_matrix, rotation_matrix
+from turboquant_kernels.rotation import (
+    hadamard,
+    hadamard_factors,
+    projection_matrix,
+    rotate,
+    rotation_matrix,
+    rotation_signs,
+)
 
 
 @pytest.mark.parametrize("order", [1, 2, *HEAD_DIMS])
@@ -31,22 +40,51 @@ def test_the_transposed_rotation_is_its_inverse(head_dim):
     assert torch.allclose(codec.rotate(x), x @ matrix.T, atol=1e-5)
 
 
-def test_a_sylvester_rotation_is_signs_then_butterflies():
-    """What kernels compute: log2(D) stages of sums and differences on signed input."""
-    x = torch.randn(64, dtype=torch.float64)
-    matrix = rotation_matrix(64, seed=5)
-    y = x * matrix[0].sign()
-    for stage in range(6):
-        a, b = y.view(-1, 2, 1 << stage).unbind(1)
-        y = torch.stack((a + b, a - b), 1).flatten()
-    assert torch.allclose(matrix.double() @ x, y / 8, atol=1e-6)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_butterflies_compute_the_matrix(head_dim):
+    x = torch.randn(200, head_dim)
+    assert torch.allclose(rotate(x, seed=3), x @ rotation_matrix(head_dim, seed=3).T, atol=1e-5)
+
+
+def plain_rotate(x, seed):
+    """One vector, one rounding at a time, in the order that `rotate` promises to kernels."""
+    head_dim = len(x)
+    paley, inner = hadamard_factors(head_dim)
+    y = list((x * rotation_signs(head_dim, seed)).unbind())
+    distance = 1
+    while distance < inner:
+        for i in range(head_dim):
+            if not i % inner & distance:
+                y[i], y[i + distance] = y[i] + y[i + distance], y[i] - y[i + distance]
+        distance *= 2
+    result = []
+    for outer in range(len(paley)):
+        for i in range(inner):
+            total = paley[outer, 0].float() * y[i]
+            for j in range(1, len(paley)):
+                total = total + paley[outer, j].float() * y[j * inner + i]
+            result.append(total)
+    return torch.stack(result) * torch.tensor(head_dim**-0.5)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_butterflies_add_in_the_documented_order(head_dim):
+    x = torch.randn(head_dim)
+    assert torch.equal(rotate(x, seed=5), plain_rotate(x, seed=5))
+
+
+@given(count=st.integers(1, 80), row=st.integers(0, 79), head_dim=st.sampled_from(HEAD_DIMS))
+def test_a_vector_rotates_to_the_same_bits_in_every_batch(count, row, head_dim):
+    x = torch.randn(count, head_dim)
+    row %= count
+    assert torch.equal(rotate(x, seed=0)[row], rotate(x[row], seed=0))
 
 
 def test_signs_follow_from_the_seed_on_any_version():
     """Written out, because pages stored by one release must be readable by the next."""
-    signs = (rotation_matrix(64, seed=0)[0] > 0).int().tolist()
+    signs = (rotation_signs(64, seed=0) > 0).int().tolist()
     assert "".join(map(str, signs)) == SIGNS_OF_SEED_0
-    assert not torch.equal(rotation_matrix(64, seed=0), rotation_matrix(64, seed=1))
+    assert not torch.equal(rotation_signs(64, seed=0), rotation_signs(64, seed=1))
 
 
 SIGNS_OF_SEED_0 = "1101111110010010100110111011100010110100000100110110101101101000"

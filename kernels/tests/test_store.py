@@ -4,42 +4,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_packing import plain_pack, slot_rows
 
 from turboquant_kernels.codec import Codec
-from turboquant_kernels.formats import COMPRESSED_FORMATS, HEAD_DIMS, PAGE_TOKENS, Encoding, KVFormat
-from turboquant_kernels.packing import PLANES
+from turboquant_kernels.formats import COMPRESSED_FORMATS, HEAD_DIMS, Encoding, KVFormat
 from turboquant_kernels.store.reference import store
 
 
 def random_cache(codec, blocks=3, block_size=32, kv_heads=2):
     shape = (blocks, block_size, kv_heads, codec.fmt.slot_bytes(codec.head_dim))
     return torch.randint(0, 256, shape, dtype=torch.uint8)
-
-
-def slot_bytes_of(codec, cache, slot, head):
-    """The bytes of one token, gathered in plain Python from the description in `packing`'s docstring."""
-    fmt, head_dim = codec.fmt, codec.head_dim
-    _, block_size, kv_heads, slot_bytes = cache.shape
-    widths = [head_dim * width // 8 for width in PLANES[fmt.key_code_bits] + PLANES[fmt.value_bits]]
-    widths += [head_dim // 8, 2, 2, 2] if fmt.encoding is Encoding.PROD else [2, 2]
-    block, offset = divmod(slot, block_size)
-    page, token = divmod(offset, PAGE_TOKENS)
-    begin = ((block * block_size // PAGE_TOKENS + page) * kv_heads + head) * PAGE_TOKENS * slot_bytes
-    parts, flat = [], cache.flatten()
-    for width in widths:
-        parts.append(flat[begin + token * width : begin + (token + 1) * width])
-        begin += PAGE_TOKENS * width
-    return parts
-
-
-def plain_code(planes, bits, i):
-    """Code of coordinate i from a token's planes, bit by bit."""
-    code, shift = 0, 0
-    for plane, width in zip(planes, PLANES[bits], strict=True):
-        for b in range(width):
-            code |= (int(plane[(i * width + b) // 8]) >> (i * width + b) % 8 & 1) << (shift + b)
-        shift += width
-    return code
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
@@ -52,23 +26,17 @@ def test_pages_hold_what_was_encoded(fmt, head_dim):
     store(codec, key, value, cache, slots)
 
     keys, values = codec.encode_keys(key), codec.encode_values(value)
-    planes = len(PLANES[fmt.key_code_bits]), len(PLANES[fmt.value_bits])
     for token, slot in enumerate(slots.tolist()):
-        parts = slot_bytes_of(codec, cache, slot, head=1)
-        key_planes, value_planes, rest = (
-            parts[: planes[0]],
-            parts[planes[0] : sum(planes)],
-            parts[sum(planes) :],
-        )
-        for i in (0, 1, 2, 3, head_dim // 2 + 1, head_dim - 1):
-            assert plain_code(key_planes, fmt.key_code_bits, i) == keys.codes[token, 1, i]
-            assert plain_code(value_planes, fmt.value_bits, i) == values.codes[token, 1, i]
+        expected = [
+            *plain_pack(keys.codes[token, 1].tolist(), fmt.key_code_bits, keys=True),
+            *plain_pack(values.codes[token, 1].tolist(), fmt.value_bits, keys=False),
+        ]
+        scales = [keys.scale[token, 1], values.scale[token, 1]]
         if fmt.encoding is Encoding.PROD:
-            signs, *rest = rest
-            assert plain_code([signs], 1, head_dim - 2) == keys.residual_signs[token, 1, head_dim - 2]
-            assert rest[2].view(torch.float16) == keys.residual_norm[token, 1]
-        assert rest[0].view(torch.float16) == keys.scale[token, 1]
-        assert rest[1].view(torch.float16) == values.scale[token, 1]
+            expected += plain_pack(keys.residual_signs[token, 1].tolist(), 1, keys=True)
+            scales.append(keys.residual_norm[token, 1])
+        expected.append(torch.stack(scales).view(torch.uint8).tolist())
+        assert slot_rows(fmt, head_dim, cache, slot, head=1) == expected
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
@@ -103,22 +71,29 @@ def test_bytes_of_other_slots_stay(fmt, head_dim, block_size, data):
     neighbours = {slot + d for slot in slots for d in (-1, 1)} & set(range(3 * block_size))
     for slot in (neighbours | set(data.draw(st.lists(any_slot, max_size=4)))) - set(slots):
         for head in (0, 1):
-            old, new = slot_bytes_of(codec, before, slot, head), slot_bytes_of(codec, cache, slot, head)
-            assert torch.equal(torch.cat(old), torch.cat(new))
+            rows = slot_rows(fmt, head_dim, before, slot, head)
+            assert slot_rows(fmt, head_dim, cache, slot, head) == rows
     assert (cache != before).sum() <= len(slots) * 2 * fmt.slot_bytes(head_dim)
 
 
-@pytest.mark.parametrize("fmt", [KVFormat(5, 3), KVFormat(3, 4, Encoding.PROD)], ids=lambda fmt: fmt.name)
-def test_one_token_at_a_time_gives_the_bytes_of_all_at_once(fmt):
-    codec = Codec(fmt, 128)
-    key, value = torch.randn(2, 40, 2, 128)
-    slots = torch.randperm(96)[:40]
+@given(
+    fmt=st.sampled_from(COMPRESSED_FORMATS),
+    head_dim=st.sampled_from(HEAD_DIMS),
+    count=st.integers(1, 80),
+    cut=st.integers(0, 80),
+)
+def test_a_token_has_the_same_bytes_whatever_is_stored_with_it(fmt, head_dim, count, cut):
+    """Prefix caching and chunked prefill rely on it: no sum may round as the batch's shape suggests."""
+    codec = Codec(fmt, head_dim)
+    key, value = torch.randn(2, count, 2, head_dim)
+    slots = torch.randperm(96)[:count]
     together = random_cache(codec)
-    singly = together.clone()
+    apart = together.clone()
     store(codec, key, value, together, slots)
-    for i in range(40):
-        store(codec, key[i : i + 1], value[i : i + 1], singly, slots[i : i + 1])
-    assert torch.equal(together, singly)
+    cut %= count
+    for part in (slice(0, cut), slice(cut, cut + 1), slice(cut + 1, count)):
+        store(codec, key[part], value[part], apart, slots[part])
+    assert torch.equal(together, apart)
 
 
 def test_slot_minus_one_is_padding():

@@ -13,8 +13,10 @@ The half makes the grid symmetric: the complement ~c of a byte is the negated le
 read c as it is, the half enters once by the sum of the other operand, and signs cost one XOR. The grid costs
 0.2% of the error at 4 bits, 0.8% at 5 and 4.4% at 6; at 8 bits all 256 grid points are levels.
 
-A code is the rank of its level minus 2**(bits - 1), in two's complement of `bits` bits: the top bit is the
-sign, ~code the negated level, and at 8 bits the code is the int8 itself.
+A code is a magnitude and a sign: code = magnitude | sign << (bits - 1), the magnitude being the rank of the
+level's size among the positive levels and sign 1 negative. So a kernel looks up positive levels only, half a
+table (at 4 bits the 8 bytes of one PRMT instruction), and complements what has the sign. At 8 bits there is
+nothing to look up: the code is the int8 c itself, a negative magnitude's complement.
 """
 
 from collections.abc import Iterable
@@ -42,14 +44,28 @@ class Codebook:
     levels: torch.Tensor
     """float32 [2**bits], by code."""
     boundaries: torch.Tensor
-    """float32 [2**bits - 1], ascending: midpoints between neighbouring levels."""
+    """float32 [2**(bits - 1) - 1], ascending: midpoints between neighbouring positive levels."""
     distortion: float
     """E (t - level(t))**2 for a coordinate of unit variance: the paper's D_mse of a unit vector."""
 
+    @property
+    def magnitudes(self) -> torch.Tensor:
+        """int8 [2**(bits - 1)], ascending: the c of the positive levels; ~c is that of the negated one."""
+        return self.grid[: len(self.grid) // 2]
+
     def quantize(self, coordinates: torch.Tensor) -> torch.Tensor:
-        """Codes of the nearest levels: float32 [...] of unit variance -> uint8 [...]."""
-        rank = torch.bucketize(coordinates, self.boundaries, out_int32=True)
-        return rank.to(torch.uint8) ^ (1 << (self.bits - 1))
+        """Codes of the nearest levels: float32 [...] of unit variance -> uint8 [...].
+
+        The magnitude is the number of boundaries below |t|, the sign is t < 0: what lies on a boundary goes
+        to the smaller level, and -t to the negated level of t, bit for bit.
+        """
+        magnitude = torch.bucketize(coordinates.abs(), self.boundaries, out_int32=True).to(torch.uint8)
+        return torch.where(coordinates < 0, magnitude ^ _sign_mask(self.bits), magnitude)
+
+
+def _sign_mask(bits: int) -> int:
+    """The bits of a code in which a level and its negation differ."""
+    return 0xFF if bits == MAX_BITS else 1 << (bits - 1)
 
 
 @cache
@@ -69,14 +85,15 @@ def codebook(bits: int, head_dim: int) -> Codebook:
     coarse = best(np.arange(0.6, 5.0, 0.2))
     choice = best(coarse.outermost + np.arange(-0.19, 0.195, 0.01))
     step = choice.outermost / (_HALF_GRID - 0.5)
-    by_rank = np.concatenate([~choice.positive[::-1], choice.positive])
-    levels = step * (by_rank + 0.5)
-    by_code = np.roll(by_rank, -len(choice.positive))
+    positive = choice.positive
+    negative = ~positive[::-1] if bits == MAX_BITS else ~positive
+    grid = np.concatenate([positive, negative])
+    levels = step * (positive + 0.5)
     return Codebook(
         bits=bits,
         step=step,
-        grid=torch.from_numpy(by_code.astype(np.int8)),
-        levels=torch.from_numpy(step * (by_code + 0.5)).float(),
+        grid=torch.from_numpy(grid.astype(np.int8)),
+        levels=torch.from_numpy(step * (grid + 0.5)).float(),
         boundaries=torch.from_numpy((levels[1:] + levels[:-1]) / 2).float(),
         distortion=choice.distortion,
     )

@@ -17,15 +17,20 @@ import torch
 from turboquant_kernels.codebook import codebook
 from turboquant_kernels.formats import Encoding, KVFormat
 from turboquant_kernels.packing import (
+    KEY_RESIDUAL_NORM,
+    KEY_SCALE,
+    VALUE_SCALE,
+    CodeOrder,
     Region,
     group_codes,
-    group_index,
+    key_order,
     page_layout,
+    sign_order,
     take_rows,
-    unpack,
+    value_order,
 )
 from turboquant_kernels.plans import DEFAULT_SEED
-from turboquant_kernels.rotation import projection_matrix, rotation_matrix
+from turboquant_kernels.rotation import projection_matrix, rotate, rotation_matrix
 
 MAX_SCALE = torch.finfo(torch.float16).max
 """Scales and residual norms are fp16 and saturate here: a longer vector keeps its direction."""
@@ -67,11 +72,17 @@ class Codec:
         self.head_dim = head_dim
         self.seed = seed
         self.layout = page_layout(fmt, head_dim)
+        self.key_order = key_order(fmt, head_dim)
+        self.value_order = value_order(fmt, head_dim)
+        self.sign_order = sign_order(head_dim)
         self._rotation = rotation_matrix(head_dim, seed)
         self._projection = projection_matrix(head_dim, seed) if fmt.encoding is Encoding.PROD else None
 
     def rotate(self, vectors: torch.Tensor) -> torch.Tensor:
-        """R x: any float [..., D] -> float32 [..., D]."""
+        """R x: any float [..., D] -> float32 [..., D].
+
+        For queries: it rounds as a matrix product does. What is stored goes through `rotation.rotate`.
+        """
         return vectors.float() @ self._rotation.T
 
     def unrotate(self, rotated: torch.Tensor) -> torch.Tensor:
@@ -86,11 +97,12 @@ class Codec:
         # second makes the whole unbiased. Relative to rms nothing overflows, however long the vector.
         unit, rms = self._normalize(key)
         codes, levels = self._nearest(unit, self.fmt.key_code_bits)
-        factor = (unit * levels).mean(-1, keepdim=True) / levels.square().mean(-1, keepdim=True)
+        factor = _mean(unit * levels) / _mean(levels * levels)
         scale = _half(rms * factor)
         residual = unit - levels * (scale.float() / rms.clamp_min(_TINY))
-        signs = (residual @ self._projection.T < 0).to(torch.uint8)
-        norm = _half(torch.linalg.vector_norm(residual, dim=-1, keepdim=True) * rms)
+        # In float64, so that no order of summation can change a sign.
+        signs = (residual.double() @ self._projection.double().T < 0).to(torch.uint8)
+        norm = _half(_mean(residual * residual).sqrt() * self.head_dim**0.5 * rms)
         return EncodedVectors(codes, scale.squeeze(-1), signs, norm.squeeze(-1))
 
     def encode_values(self, value: torch.Tensor) -> EncodedVectors:
@@ -114,23 +126,22 @@ class Codec:
         Slots that were never written give finite, meaningless vectors, here and for values: a masked token's
         weight is zero, and zero times NaN is not.
         """
-        layout = self.layout
-        keys = self._read(pages, layout.key_planes, layout.key_scale, self.fmt.key_code_bits)
-        if layout.key_residual_signs is not None:
-            signs = unpack([layout.key_residual_signs.of(pages)], bits=1)
-            keys += self._residual(signs, _finite_scale(layout.key_residual_norm, pages))
+        keys = self._read(pages, self.layout.key_planes, self.key_order, KEY_SCALE)
+        if self.layout.key_residual_signs is not None:
+            signs = self.sign_order.unpack([self.layout.key_residual_signs.of(pages)])
+            keys += self._residual(signs, self._scales(pages, KEY_RESIDUAL_NORM))
         return keys
 
     def read_rotated_values(self, pages: torch.Tensor) -> torch.Tensor:
         """Values of whole pages, still rotated: uint8 [..., page_bytes] -> float32 [..., 16, D]."""
-        return self._read(pages, self.layout.value_planes, self.layout.value_scale, self.fmt.value_bits)
+        return self._read(pages, self.layout.value_planes, self.value_order, VALUE_SCALE)
 
     def _encode(self, vectors: torch.Tensor, bits: int) -> EncodedVectors:
         unit, rms = self._normalize(vectors)
         codes, levels = self._nearest(unit, bits)
         # Unbiased over rotations: <y, scale * levels> = |y|**2. Least squares would shrink every vector by
         # the distortion (12% at 2 bits), which averaging over tokens does not remove.
-        overlap = (unit * levels).mean(-1, keepdim=True).clamp_min(_TINY)
+        overlap = _mean(unit * levels).clamp_min(_TINY)
         return EncodedVectors(codes, _half(rms / overlap).squeeze(-1))
 
     def _normalize(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,8 +153,8 @@ class Codec:
         # The largest magnitude is taken out first: squares of bf16 numbers can overflow float32.
         largest = vectors.abs().amax(-1, keepdim=True)
         unusable = ~((largest >= _TINY) & (largest < torch.inf))
-        rotated = self.rotate((vectors / largest).masked_fill_(unusable, 0.0))
-        rms = torch.linalg.vector_norm(rotated, dim=-1, keepdim=True) / self.head_dim**0.5
+        rotated = rotate((vectors / largest).masked_fill_(unusable, 0.0), self.seed)
+        rms = _mean(rotated * rotated).sqrt()
         return rotated / rms.clamp_min(_TINY), (largest * rms).masked_fill_(unusable, 0.0)
 
     def _nearest(self, unit: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -157,11 +168,16 @@ class Codec:
         return take_rows(levels[:, None], encoded.codes) * encoded.scale.float().unsqueeze(-1)
 
     def _read(
-        self, pages: torch.Tensor, planes: tuple[Region, ...], scale: Region, bits: int
+        self, pages: torch.Tensor, planes: tuple[Region, ...], order: CodeOrder, scale: int
     ) -> torch.Tensor:
-        index = group_index([region.of(pages) for region in planes], bits)
-        levels = take_rows(_group_levels(bits, self.head_dim), index)
-        return levels.mul_(_finite_scale(scale, pages).unsqueeze(-1))
+        index = order.group_index([region.of(pages) for region in planes])
+        levels = take_rows(_group_levels(order.bits, self.head_dim), index)
+        return levels.mul_(self._scales(pages, scale).unsqueeze(-1))
+
+    def _scales(self, pages: torch.Tensor, which: int) -> torch.Tensor:
+        """One of the scales: float32 [..., 16]; not finite (a slot that was never written) reads as zero."""
+        scales = self.layout.scales.of(pages).view(torch.float16)[..., which]
+        return scales.float().nan_to_num(0.0, 0.0, 0.0)
 
     def _residual(self, signs: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
         """norm * sqrt(pi / 2) / D * S.T (+-1): uint8 [..., D] and [...] -> float32 [..., D], rotated."""
@@ -171,7 +187,7 @@ class Codec:
 
 @cache
 def _group_levels(bits: int, head_dim: int) -> torch.Tensor:
-    """The levels of a group of coordinates, by its `packing.group_index`: float32 [2**n, group_size]."""
+    """The levels of a group of coordinates, by its `group_index`: float32 [2**n, group_size]."""
     return codebook(bits, head_dim).levels[group_codes(bits).int()]
 
 
@@ -179,6 +195,17 @@ def _half(scale: torch.Tensor) -> torch.Tensor:
     return scale.clamp_max(MAX_SCALE).half()
 
 
-def _finite_scale(region: Region, pages: torch.Tensor) -> torch.Tensor:
-    """An fp16 region as float32 [..., 16]; not finite (a slot that was never written) reads as zero."""
-    return region.of(pages).contiguous().view(torch.float16).squeeze(-1).float().nan_to_num(0.0, 0.0, 0.0)
+def _mean(terms: torch.Tensor) -> torch.Tensor:
+    """The mean of each row: float32 [..., D] -> float32 [..., 1].
+
+    Neighbours are added while their number is even, then the rest (3 or 5 of the head dimensions that are no
+    power of two) in ascending order: the library's sum rounds as the shape of the batch suggests, and a token
+    must be stored as the same bytes in every batch and on every device.
+    """
+    head_dim = terms.shape[-1]
+    while terms.shape[-1] % 2 == 0:
+        terms = terms[..., 0::2] + terms[..., 1::2]
+    total = terms[..., :1]
+    for i in range(1, terms.shape[-1]):
+        total = total + terms[..., i : i + 1]
+    return total * (1 / head_dim)

@@ -1,16 +1,31 @@
-"""Bytes of a page: bit planes of codes, and where each region lies.
+"""Bytes of a page: bit planes of codes, the order of bits in them, and where each region lies.
 
-A code of b bits is cut into planes of 4, 2, 1 or 8 bits (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2; low bits in the
-first plane), so that every plane fills whole bytes and no byte is shared by two tokens. Within a plane
-coordinate i takes bits (i * w) % 8 and up of byte i * w // 8.
+A code of b bits is cut into planes of 8, 4, 2 or 1 bits (`PLANES`, low bits in the first), so that every
+plane fills whole bytes and no byte is shared by two tokens. In the first plane, of w bits, coordinate i takes
+bits (i * w) % 8 and up of byte i * w // 8.
+
+The planes above it have one bit for each coordinate, in an order of their own (`high_bit_order`). Integer
+tensor cores want four neighbouring coordinates in each 32-bit register. A kernel gets them from a word of the
+first plane by shifts, masks and byte look-ups; were the high bits in natural order too, it would have to
+shuffle single bits to bring each to its code. Here one shift and one mask serve a whole word:
+
+    3 bits   Two words of the first plane, P coordinates each, share a group of 2P high bits. Nibble k of the
+             group stands over nibble k of both words: its low two bits belong to the first word, its high two
+             to the second. Coordinate x * P + 2k + s (x, s in 0..1) is bit 4k + 2x + s. A key's word has 4
+             bytes, P = 16 (head_dim 80: 2 bytes, P = 8), a value's one byte, P = 4: there the four bytes of a
+             register are four tokens.
+    5, 6     A register takes a 16-bit half word of the first plane, four coordinates. In a group of G = 32
+             coordinates (16 at the end of head_dim 80) coordinate 4r + b (b in 0..3) is bit (G / 4) * b + r:
+             one shift by r brings the bits of register r to the same place of each of its four bytes.
 
 A page holds `PAGE_TOKENS` tokens of one KV head. Its regions follow one another, each one token after the
 other:
 
-    key code planes | value code planes | [prod: key residual signs] | key scales | value scales
-    | [prod: key residual norms]
+    key code planes | value code planes | [prod: key residual signs] | scales
 
-Every offset follows from `KVFormat`; the sum is `KVFormat.page_bytes`.
+The scales of a token are fp16: key scale, value scale and, for prod, the norm of the key's residual; they are
+adjacent, so that one load brings them. Residual signs are a plane in natural order. Every offset follows from
+`KVFormat`; the sum is `KVFormat.page_bytes`.
 """
 
 from dataclasses import dataclass
@@ -18,26 +33,81 @@ from functools import cache, reduce
 
 import torch
 
-from turboquant_kernels.formats import PAGE_TOKENS, SCALE_BYTES, Encoding, KVFormat
+from turboquant_kernels.formats import PAGE_TOKENS, Encoding, KVFormat
 
-PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
+PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 1, 1), 8: (8,)}
 """Widths of the bit planes of a code, low bits first."""
 
-
-def pack(codes: torch.Tensor, bits: int) -> list[torch.Tensor]:
-    """The bit planes of codes: uint8 [..., D] -> one uint8 [..., D * w / 8] for each plane width w."""
-    planes, shift = [], 0
-    for width in PLANES[bits]:
-        plane = ((codes >> shift) & ((1 << width) - 1)).unflatten(-1, (-1, 8 // width))
-        parts = [plane[..., position] << (position * width) for position in range(8 // width)]
-        planes.append(reduce(torch.bitwise_or, parts))
-        shift += width
-    return planes
+KEY_SCALE, VALUE_SCALE, KEY_RESIDUAL_NORM = range(3)
+"""Places in a token's row of scales."""
 
 
-def unpack(planes: list[torch.Tensor], bits: int) -> torch.Tensor:
-    """The inverse of `pack`: uint8 [..., D]."""
-    return take_rows(group_codes(bits), group_index(planes, bits))
+@dataclass(frozen=True)
+class CodeOrder:
+    """Where each bit of the codes of one vector stands."""
+
+    bits: int
+    head_dim: int
+    read_bytes: int
+    """3 bits: bytes of the first plane that a kernel reads at once, P / 4 in the order of high bits."""
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Bits of each plane."""
+        return PLANES[self.bits]
+
+    def pack(self, codes: torch.Tensor) -> list[torch.Tensor]:
+        """The planes of codes: uint8 [..., D] -> one uint8 [..., D * w / 8] for each width w."""
+        width, *high = self.widths
+        planes, shift = [_pack_plane(codes & ((1 << width) - 1), width)], width
+        for _ in high:
+            planes.append(_pack_plane((codes >> shift & 1)[..., high_bit_order(self)], 1))
+            shift += 1
+        return planes
+
+    def unpack(self, planes: list[torch.Tensor]) -> torch.Tensor:
+        """The inverse of `pack`: uint8 [..., D]."""
+        return take_rows(group_codes(self.bits), self.group_index(planes))
+
+    def group_index(self, planes: list[torch.Tensor]) -> torch.Tensor:
+        """All bits of each group as one number: int32 [..., D / group_size].
+
+        A group are the coordinates of one byte of the first plane, the low byte of the number. Above it
+        stand the high bits, of coordinate t of the group at 8 + 4 * (t // 2) + t % 2 (3 bits), at 8 + t (5
+        and 6 bits) and 12 + t (the sign of 6 bits).
+        """
+        first, *high = planes
+        if not high:
+            return first.int()
+        if self.bits == 3:
+            return _over_pairs(first, high[0], self.read_bytes)
+        nibbles = [_transpose_bits(plane) for plane in high]
+        return _over_pairs(first, nibbles[0] if len(high) == 1 else nibbles[0] | nibbles[1] << 4, 1)
+
+
+def key_order(fmt: KVFormat, head_dim: int) -> CodeOrder:
+    """The order of the bits of a key's codes."""
+    return CodeOrder(fmt.key_code_bits, head_dim, read_bytes=2 if head_dim % 32 else 4)
+
+
+def value_order(fmt: KVFormat, head_dim: int) -> CodeOrder:
+    """The order of the bits of a value's codes."""
+    return CodeOrder(fmt.value_bits, head_dim, read_bytes=1)
+
+
+def sign_order(head_dim: int) -> CodeOrder:
+    """The order of the signs of a key's residual: natural."""
+    return CodeOrder(1, head_dim, read_bytes=1)
+
+
+@cache
+def high_bit_order(order: CodeOrder) -> torch.Tensor:
+    """The coordinate whose bit stands at each bit of the planes above the first: int64 [D]."""
+    coordinates = torch.arange(order.head_dim)
+    if order.bits == 3:
+        x_k_s = coordinates.view(-1, 2, 2 * order.read_bytes, 2)
+        return x_k_s.transpose(1, 2).flatten()
+    return torch.cat([group.view(-1, 4).T.flatten() for group in coordinates.split(32)])
 
 
 def group_size(bits: int) -> int:
@@ -45,35 +115,17 @@ def group_size(bits: int) -> int:
     return 8 // PLANES[bits][0]
 
 
-def group_index(planes: list[torch.Tensor], bits: int) -> torch.Tensor:
-    """All bits of each group as one number: int32 [..., D / group_size].
-
-    The low byte is the byte of the first plane, above it stand the group's bits of the second.
-    """
-    first, *second = planes
-    index = first.int()
-    return index | take_rows(_second_plane_parts(bits), second[0]) if second else index
-
-
 @cache
 def group_codes(bits: int) -> torch.Tensor:
-    """The codes of a group, by its `group_index`: uint8 [2**(bits * group_size), group_size]."""
-    size = group_size(bits)
-    index = torch.arange(1 << (bits * size), dtype=torch.int32)[:, None]
-    position = torch.arange(size, dtype=torch.int32)
-    codes, index_shift, code_shift = torch.zeros_like(index), 0, 0
-    for width in PLANES[bits]:
-        codes = codes | ((index >> (index_shift + position * width)) & ((1 << width) - 1)) << code_shift
-        index_shift, code_shift = index_shift + size * width, code_shift + width
+    """The codes of a group, by its `CodeOrder.group_index`: uint8 [n, group_size]."""
+    width, *high = PLANES[bits]
+    t = torch.arange(group_size(bits), dtype=torch.int32)
+    index = torch.arange(0x3400 if high else 256, dtype=torch.int32)[:, None]
+    codes = index >> t * width & (1 << width) - 1
+    for plane in range(len(high)):
+        place = 8 + 4 * plane + 4 * (t // 2) + t % 2
+        codes |= (index >> place & 1) << width + plane
     return codes.to(torch.uint8)
-
-
-@cache
-def _second_plane_parts(bits: int) -> torch.Tensor:
-    """What a byte of the second plane adds to the indices of its groups: int32 [256, groups]."""
-    part_bits = group_size(bits) * PLANES[bits][1]
-    byte = torch.arange(256, dtype=torch.int32)[:, None]
-    return ((byte >> torch.arange(0, 8, part_bits, dtype=torch.int32)) & ((1 << part_bits) - 1)) << 8
 
 
 def take_rows(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -86,6 +138,62 @@ def take_rows(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     row_bytes = table.shape[1] * table.element_size()
     rows = table.view(row_type[row_bytes]).squeeze(-1).index_select(0, index.flatten().int())
     return rows.view(table.dtype).view(*index.shape[:-1], index.shape[-1] * table.shape[1])
+
+
+def _pack_plane(codes: torch.Tensor, width: int) -> torch.Tensor:
+    """Numbers of `width` bits in natural order: uint8 [..., D] -> uint8 [..., D * width / 8]."""
+    parts = codes.unflatten(-1, (-1, 8 // width)).unbind(-1)
+    return reduce(torch.bitwise_or, (part << position * width for position, part in enumerate(parts)))
+
+
+def _over_pairs(first: torch.Tensor, high: torch.Tensor, run: int) -> torch.Tensor:
+    """Each byte of `high` over two bytes of `first`, in runs: uint8 [..., 2n], [..., n] -> int32 [..., 2n].
+
+    The 2 * run bytes of `first` that belong to a run of `high` are its first and its second run. Over a byte
+    of the first stand bits 0, 1, 4 and 5 of its byte of `high`, over one of the second bits 2, 3, 6 and 7,
+    shifted to the same places. Whole runs are shifted at once, each byte in 16 bits of its own.
+    """
+    word = {1: torch.int16, 2: torch.int32, 4: torch.int64}[run]
+    mask = int.from_bytes(b"\x00\x33" * run, "little")
+    index = first.short()
+    words = index.view(word).unflatten(-1, (-1, 2))
+    high_words = (high.short() << 8).view(word)
+    words[..., 0].bitwise_or_(high_words & mask)
+    words[..., 1].bitwise_or_(high_words >> 2 & mask)
+    return index.int()
+
+
+def _transpose_bits(plane: torch.Tensor) -> torch.Tensor:
+    """A high plane of 5 or 6 bits with the bits of coordinates 4r..4r + 3 as a nibble in byte r.
+
+    uint8 [..., D / 8] -> uint8 [..., D / 4].
+    """
+    whole = plane.shape[-1] // 4 * 4
+    nibbles = _transpose_groups(plane[..., :whole], 32)
+    if whole == plane.shape[-1]:
+        return nibbles
+    return torch.cat((nibbles, _transpose_groups(plane[..., whole:], 16)), dim=-1)
+
+
+def _transpose_groups(plane: torch.Tensor, group: int) -> torch.Tensor:
+    """`_transpose_bits` of groups of one size: each byte of a group adds its bits to all of its nibbles."""
+    table = _transposed_bits(group)
+    byte = plane.unflatten(-1, (-1, len(table) // 256)).int() + 256 * torch.arange(len(table) // 256)
+    rows = take_rows(table, byte).unflatten(-1, (-1, group // 4)).view(_WORD[group // 4]).squeeze(-1)
+    return reduce(torch.bitwise_or, rows.unbind(-1)).view(torch.uint8)
+
+
+_WORD = {4: torch.int32, 8: torch.int64}
+
+
+@cache
+def _transposed_bits(group: int) -> torch.Tensor:
+    """What a byte adds to the nibbles of its group: uint8 [bytes of the group * 256, group / 4]."""
+    byte = torch.arange(256)
+    table = torch.zeros(group // 8, 256, group // 4, dtype=torch.uint8)
+    for place, coordinate in enumerate(torch.arange(group).view(-1, 4).T.flatten().tolist()):
+        table[place // 8, :, coordinate // 4] |= ((byte >> place % 8 & 1) << coordinate % 4).to(torch.uint8)
+    return table.flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -108,9 +216,8 @@ class PageLayout:
     key_planes: tuple[Region, ...]
     value_planes: tuple[Region, ...]
     key_residual_signs: Region | None
-    key_scale: Region
-    value_scale: Region
-    key_residual_norm: Region | None
+    scales: Region
+    """fp16 for each token, in the order of `KEY_SCALE`, `VALUE_SCALE` and, for prod, `KEY_RESIDUAL_NORM`."""
     page_bytes: int
 
 
@@ -124,14 +231,11 @@ def page_layout(fmt: KVFormat, head_dim: int) -> PageLayout:
         start, end = end, end + PAGE_TOKENS * token_bytes
         return Region(start, token_bytes)
 
-    prod = fmt.encoding is Encoding.PROD
     layout = PageLayout(
         key_planes=tuple(region(head_dim * width // 8) for width in PLANES[fmt.key_code_bits]),
         value_planes=tuple(region(head_dim * width // 8) for width in PLANES[fmt.value_bits]),
-        key_residual_signs=region(head_dim // 8) if prod else None,
-        key_scale=region(SCALE_BYTES),
-        value_scale=region(SCALE_BYTES),
-        key_residual_norm=region(SCALE_BYTES) if prod else None,
+        key_residual_signs=region(head_dim // 8) if fmt.encoding is Encoding.PROD else None,
+        scales=region(fmt.scale_bytes),
         page_bytes=fmt.page_bytes(head_dim),
     )
     assert end == layout.page_bytes, "regions fill the page"

@@ -11,8 +11,10 @@ over their own block only: .0565 (D = 80) against .0088 with one full matrix.
 All layers and heads share the signs of a seed: each vector has its own scale, and keys meet only queries of
 their own head, so nothing would be gained by different ones.
 
-Here the rotation is a dense D x D matrix, since one matrix product is the fastest form on a CPU. A kernel
-may use log2(D) butterflies: `hadamard` is a Kronecker product whose right factor is Sylvester's.
+There are two forms of it. `rotate` is a fixed sequence of float32 additions, butterflies, which every
+implementation can follow to the bit: what is stored passes through it, so that a token's codes depend neither
+on the tokens stored with it nor on the device. `rotation_matrix` is the same as a dense matrix, whose product
+rounds as the library likes; it is the fastest form for a few queries and outputs on a CPU.
 """
 
 import random
@@ -24,31 +26,69 @@ _PALEY_PRIMES = {80: 19, 96: 11, 192: 11}
 """Head dimensions that are no power of two: D = (q + 1) * 2**m with the Paley matrix of order q + 1."""
 
 
-def hadamard(order: int) -> torch.Tensor:
-    """A Hadamard matrix, float64 [order, order], entries +-1, H @ H.T = order * I.
+@cache
+def hadamard_factors(order: int) -> tuple[torch.Tensor, int]:
+    """The factors of a Hadamard matrix of `order`: P, float64 [outer, outer], and the order of Sylvester's.
 
-    Powers of two: Sylvester's. 80 = H20 x H4, 96 = H12 x H8, 192 = H12 x H16: Kronecker products of a Paley
-    matrix and Sylvester's. Raises ValueError for other orders.
+    Powers of two: P = [1]. 80 = H20 x H4, 96 = H12 x H8, 192 = H12 x H16: P is a Paley matrix. Raises
+    ValueError for other orders.
     """
-    left = torch.ones(1, 1, dtype=torch.float64)
+    paley = torch.ones(1, 1, dtype=torch.float64)
     if order in _PALEY_PRIMES:
-        left = _paley(_PALEY_PRIMES[order])
-    right_order = order // len(left)
-    if right_order & (right_order - 1) or not right_order:
+        paley = _paley(_PALEY_PRIMES[order])
+    inner = order // len(paley)
+    if inner & (inner - 1) or not inner:
         raise ValueError(f"no Hadamard matrix of order {order} is defined here")
-    return torch.kron(left, _sylvester(right_order))
+    return paley, inner
+
+
+def hadamard(order: int) -> torch.Tensor:
+    """The Kronecker product of `hadamard_factors`: float64 [order, order] of +-1, H @ H.T = order * I."""
+    paley, inner = hadamard_factors(order)
+    return torch.kron(paley, _sylvester(inner))
+
+
+@cache
+def rotation_signs(head_dim: int, seed: int) -> torch.Tensor:
+    """s, float32 [D], entries +-1.
+
+    From `random.Random(seed)`, whose stream Python keeps stable: torch's differs between versions and
+    devices, and a cache offloaded by one release must be readable by the next.
+    """
+    generator = random.Random(seed)
+    return torch.tensor([generator.choice((-1.0, 1.0)) for _ in range(head_dim)], dtype=torch.float32)
+
+
+def rotate(vectors: torch.Tensor, seed: int) -> torch.Tensor:
+    """y = H diag(s) x / sqrt(D) in an order of its own: float32 [..., D] -> float32 [..., D].
+
+    First x * s. Then Sylvester's factor: (a, b) -> (a + b, a - b) for neighbours at distance 1, 2, 4 and so
+    on. Then Paley's, over runs of the length of Sylvester's: the sum of its signed terms, in ascending order.
+    Last the product with 1 / sqrt(D), rounded to float32. All operations are elementwise and of one rounding
+    each.
+    """
+    head_dim = vectors.shape[-1]
+    paley, inner = hadamard_factors(head_dim)
+    outer = len(paley)
+    x = (vectors * rotation_signs(head_dim, seed)).unflatten(-1, (outer, inner))
+    for _ in range(inner.bit_length() - 1):
+        # Sums go to the first half and differences to the second, so that the next stage's pairs are
+        # neighbours too: each stage turns the bits of the index by one, all of them turn it full circle.
+        even, odd = x[..., 0::2], x[..., 1::2]
+        x = torch.cat((even + odd, even - odd), dim=-1)
+    if outer > 1:
+        signs = paley.float().unsqueeze(-1)
+        total = signs[:, 0] * x[..., :1, :]
+        for j in range(1, outer):
+            total += signs[:, j] * x[..., j : j + 1, :]
+        x = total
+    return x.flatten(-2) * head_dim**-0.5
 
 
 @cache
 def rotation_matrix(head_dim: int, seed: int) -> torch.Tensor:
-    """R = H diag(s) / sqrt(D), float32 [D, D], orthogonal: y = R x and x = R.T y.
-
-    The signs come from `random.Random(seed)`, whose stream Python keeps stable: torch's differs between
-    versions and devices, and a cache offloaded by one release must be readable by the next.
-    """
-    generator = random.Random(seed)
-    signs = torch.tensor([generator.choice((-1.0, 1.0)) for _ in range(head_dim)], dtype=torch.float64)
-    return (hadamard(head_dim) * signs / head_dim**0.5).float()
+    """R = H diag(s) / sqrt(D), float32 [D, D], orthogonal: y = R x and x = R.T y."""
+    return (hadamard(head_dim) * rotation_signs(head_dim, seed) / head_dim**0.5).float()
 
 
 @cache

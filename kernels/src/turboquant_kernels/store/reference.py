@@ -7,7 +7,7 @@ import torch
 
 from turboquant_kernels.codec import Codec
 from turboquant_kernels.formats import PAGE_TOKENS
-from turboquant_kernels.packing import Region, pack, pages_of
+from turboquant_kernels.packing import CodeOrder, Region, pages_of
 
 
 def store(
@@ -38,17 +38,14 @@ def store(
         """data: uint8 [used tokens, kv_heads, token_bytes]."""
         region.of(pages)[block, page, :, token] = data
 
-    def write_codes(planes: tuple[Region, ...], codes: torch.Tensor, bits: int) -> None:
-        for region, plane in zip(planes, pack(codes, bits), strict=True):
+    def write_codes(planes: tuple[Region, ...], order: CodeOrder, codes: torch.Tensor) -> None:
+        for region, plane in zip(planes, order.pack(codes), strict=True):
             write(region, plane)
 
-    def write_scale(region: Region, scale: torch.Tensor) -> None:
-        write(region, scale.unsqueeze(-1).view(torch.uint8))
-
-    write_codes(layout.key_planes, keys.codes, codec.fmt.key_code_bits)
-    write_codes(layout.value_planes, values.codes, codec.fmt.value_bits)
-    write_scale(layout.key_scale, keys.scale)
-    write_scale(layout.value_scale, values.scale)
-    if layout.key_residual_signs is not None:
-        write_codes((layout.key_residual_signs,), keys.residual_signs, bits=1)
-        write_scale(layout.key_residual_norm, keys.residual_norm)
+    scales = [keys.scale, values.scale]
+    write_codes(layout.key_planes, codec.key_order, keys.codes)
+    write_codes(layout.value_planes, codec.value_order, values.codes)
+    if keys.residual_signs is not None and keys.residual_norm is not None:
+        write_codes((layout.key_residual_signs,), codec.sign_order, keys.residual_signs)
+        scales.append(keys.residual_norm)
+    write(layout.scales, torch.stack(scales, dim=-1).view(torch.uint8))
