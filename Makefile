@@ -8,7 +8,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PYPROJECTS := kernels/pyproject.toml runtime/pyproject.toml operator/pyproject.toml
 
-.PHONY: help dev requirements generate lint test test-engine test-cluster mutants cluster-up cluster-down demo demo-down clean
+.PHONY: help dev requirements generate lint test test-engine test-cluster test-aot test-gpu bench-kernels mutants cluster-up cluster-down demo demo-down clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -50,6 +50,15 @@ test-engine: dev ## the CPU engine's tests
 
 test-cluster: dev ## the operator against a real API server, and the demo as a test
 	$(BIN)/python -m pytest -m cluster $(PYTEST_ARGS)
+
+test-aot: dev ## every kernel variant that ships, compiled for sm_80, sm_90 and sm_100; needs no GPU
+	$(BIN)/python kernels/tests/aot/resources.py --all
+
+test-gpu: dev ## the kernels on this machine's GPU; writes kernels/tests/gpu/result.json
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+bench-kernels: dev ## the kernels' speed beside FlashAttention-3 and vLLM's; writes docs/benchmarks
+	$(BIN)/tq bench kernels
 
 mutants: dev ## named mutations of codec and byte counts, each of which a test must catch
 	$(BIN)/python tests/mutants.py

@@ -94,8 +94,8 @@ def shipped() -> Iterator[AotVariant]:
 def compile_variant(variant: AotVariant, capability: int) -> Compiled:
     """Compiles for sm_<capability>, without a GPU.
 
-    Raises what Triton raises, and ValueError for a variant whose signature and constexprs together do not name
-    every parameter once.
+    Raises what Triton raises, and ValueError where signature and constexprs together do not name every
+    parameter once.
     """
     names = variant.kernel.arg_names
     named = sorted([*variant.signature, *variant.constexprs])

@@ -1,0 +1,81 @@
+"""Decode steps over compressed caches of random contents: what is timed.
+
+Any byte is a valid code, so codes are random bytes; only scales must be plausible. Blocks lie in random
+order, as they come to lie in an engine that has run for a while.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from turboquant_kernels.bench.rows import Shape
+from turboquant_kernels.codec import Codec
+from turboquant_kernels.packing import VALUE_SCALE, pages_of
+
+
+@dataclass(frozen=True)
+class DecodeStep:
+    """One query token of each sequence, and the cache. Tensors are on one device."""
+
+    codec: Codec
+    query: torch.Tensor
+    """bf16 [num_seqs, q_heads, D]."""
+    kv_cache: torch.Tensor
+    """uint8 [num_blocks, block_size, kv_heads, slot_bytes]."""
+    block_table: torch.Tensor
+    """int32 [num_seqs, max_blocks]; entries past a sequence's blocks are 0."""
+    seq_lens: torch.Tensor
+    """int32 [num_seqs]."""
+    scale: float
+
+
+def random_step(
+    codec: Codec,
+    lengths: Sequence[int],
+    q_heads: int,
+    kv_heads: int,
+    device: torch.device,
+    *,
+    block_size: int = 16,
+    seed: int = 0,
+) -> DecodeStep:
+    """A step over sequences of `lengths` tokens.
+
+    Scores have a standard deviation of about one: queries are standard normal, key scales uniform in 0.7..1.3
+    around what makes a key as long; value scales are uniform in 0.5..2.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def uniform(shape: tuple[int, ...], low: float, high: float) -> torch.Tensor:
+        return torch.rand(shape, generator=generator, device=device) * (high - low) + low
+
+    blocks = [-(-length // block_size) for length in lengths]
+    num_blocks = sum(blocks)
+    size = (num_blocks, block_size, kv_heads, codec.fmt.slot_bytes(codec.head_dim))
+    kv_cache = torch.randint(256, size, dtype=torch.uint8, generator=generator, device=device)
+    scales = codec.layout.scales.of(pages_of(kv_cache, codec.layout))
+    for begin in range(0, num_blocks, 4096):
+        part = scales[begin : begin + 4096]
+        random = uniform((*part.shape[:-1], part.shape[-1] // 2), 0.7, 1.3)
+        random[..., VALUE_SCALE] = uniform(random.shape[:-1], 0.5, 2.0)
+        part.copy_(random.half().view(torch.uint8))
+    order = torch.randperm(num_blocks, generator=generator, device=device, dtype=torch.int32)
+    block_table = torch.zeros(len(lengths), max(blocks), dtype=torch.int32, device=device)
+    for sequence, own in enumerate(order.split(blocks)):
+        block_table[sequence, : len(own)] = own
+    query = torch.randn(len(lengths), q_heads, codec.head_dim, generator=generator, device=device)
+    return DecodeStep(
+        codec,
+        query.bfloat16(),
+        kv_cache,
+        block_table,
+        torch.tensor(lengths, dtype=torch.int32, device=device),
+        codec.head_dim**-0.5,
+    )
+
+
+def equal_step(codec: Codec, shape: Shape, device: torch.device, *, seed: int = 0) -> DecodeStep:
+    """A step of a benchmark shape."""
+    lengths = [shape.context] * shape.batch
+    return random_step(codec, lengths, shape.q_heads, shape.kv_heads, device, seed=seed)

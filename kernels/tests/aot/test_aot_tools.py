@@ -1,0 +1,89 @@
+"""The compiler front of `turboquant_kernels.aot`, on kernels made for it."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+SCRIPT = """
+import dataclasses, json
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from turboquant_kernels.aot import AotVariant, compile_variant
+
+@triton.jit
+def scale(source, target, n, factor: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(target + i, tl.load(source + i, mask=i < n) * factor, mask=i < n)
+
+@gluon.jit
+def double(source, target, BLOCK: gl.constexpr):
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    i = gl.program_id(0) * BLOCK + gl.arange(0, BLOCK, layout=layout)
+    gl.store(target + i, gl.load(source + i) * 2)
+
+@triton.jit
+def row(source, target, stride, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * stride + tl.arange(0, BLOCK)
+    tl.store(target + i, tl.load(source + i))
+
+@triton.jit
+def reverse(source, target, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    x = tl.load(source + i)
+    tl.store(target + i, tl.cumsum(x, reverse=True) + x)
+
+POINTERS = {"source": "*fp32", "target": "*fp32"}
+variants = [
+    AotVariant("triton", scale, {**POINTERS, "n": "i32"}, {"factor": 3.0, "BLOCK": 128}),
+    AotVariant("gluon", double, POINTERS, {"BLOCK": 128}),
+    AotVariant("any stride", row, {**POINTERS, "stride": "i32"}, {"BLOCK": 1024}),
+    AotVariant("aligned", row, {**POINTERS, "stride": "i32"}, {"BLOCK": 1024}, divisible=("stride",)),
+    AotVariant("spills", reverse, POINTERS, {"BLOCK": 2048}, num_warps=1, options={"maxnreg": 32}),
+    AotVariant("unnamed", scale, POINTERS, {"BLOCK": 128}),
+]
+for variant in variants:
+    for capability in (80, 90, 100) if variant.name in ("triton", "gluon") else (90,):
+        try:
+            print(json.dumps(dataclasses.asdict(compile_variant(variant, capability))))
+        except ValueError as error:
+            print(json.dumps({"variant": variant.name, "capability": capability, "error": str(error)}))
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """By name and capability. In a process of its own: this one may interpret kernels."""
+    path = tmp_path_factory.mktemp("aot") / "kernels.py"  # Triton reads a kernel's source from its file
+    path.write_text(SCRIPT)
+    run = subprocess.run([sys.executable, path], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    results = [SimpleNamespace(**json.loads(line)) for line in run.stdout.splitlines()]
+    return {(result.variant, result.capability): result for result in results}
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("name", ["triton", "gluon"])
+def test_kernels_of_both_languages_compile_for_every_target(name, capability, compiled):
+    result = compiled[name, capability]
+    assert 4 < result.registers < 40
+    assert result.spill_bytes == 0
+    assert 5 < result.instructions < 80
+
+
+def test_spills_are_seen(compiled):
+    assert compiled["spills", 90].spill_bytes > 50
+    assert compiled["spills", 90].registers <= 32
+
+
+def test_multiples_of_16_are_specialized(compiled):
+    assert compiled["aligned", 90].instructions < compiled["any stride", 90].instructions
+
+
+def test_a_parameter_that_is_not_named_is_told(compiled):
+    assert "unnamed: signature and constexprs disagree" in compiled["unnamed", 90].error
+    assert "['factor', 'n']" in compiled["unnamed", 90].error
