@@ -89,25 +89,18 @@ class Codec:
         """R.T y, the inverse of `rotate`: any float [..., D] -> float32 [..., D]."""
         return rotated.float() @ self._rotation
 
+    def encode(self, key: torch.Tensor, value: torch.Tensor) -> tuple[EncodedVectors, EncodedVectors]:
+        """`encode_keys` and `encode_values` of the same shape, in half the operations for a single token."""
+        unit, rms = self._normalize(torch.stack((key, value)))
+        return self._encode_keys(unit[0], rms[0]), self._encode(unit[1], rms[1], self.fmt.value_bits)
+
     def encode_keys(self, key: torch.Tensor) -> EncodedVectors:
         """Any float [..., D] -> codes and scale and, for PROD, the residual's signs and norm."""
-        if self._projection is None:
-            return self._encode(key, self.fmt.key_bits)
-        # Algorithm 2. The first stage takes the scale that leaves the smallest residual, least squares; the
-        # second makes the whole unbiased. Relative to rms nothing overflows, however long the vector.
-        unit, rms = self._normalize(key)
-        codes, levels = self._nearest(unit, self.fmt.key_code_bits)
-        factor = _mean(unit * levels) / _mean(levels * levels)
-        scale = _half(rms * factor)
-        residual = unit - levels * (scale.float() / rms.clamp_min(_TINY))
-        # In float64, so that no order of summation can change a sign.
-        signs = (residual.double() @ self._projection.double().T < 0).to(torch.uint8)
-        norm = _half(_mean(residual * residual).sqrt() * self.head_dim**0.5 * rms)
-        return EncodedVectors(codes, scale.squeeze(-1), signs, norm.squeeze(-1))
+        return self._encode_keys(*self._normalize(key))
 
     def encode_values(self, value: torch.Tensor) -> EncodedVectors:
         """Any float [..., D] -> codes and scale."""
-        return self._encode(value, self.fmt.value_bits)
+        return self._encode(*self._normalize(value), self.fmt.value_bits)
 
     def decode_keys(self, encoded: EncodedVectors) -> torch.Tensor:
         """The keys that attention sees, un-rotated: float32 [..., D]."""
@@ -136,8 +129,21 @@ class Codec:
         """Values of whole pages, still rotated: uint8 [..., page_bytes] -> float32 [..., 16, D]."""
         return self._read(pages, self.layout.value_planes, self.value_order, VALUE_SCALE)
 
-    def _encode(self, vectors: torch.Tensor, bits: int) -> EncodedVectors:
-        unit, rms = self._normalize(vectors)
+    def _encode_keys(self, unit: torch.Tensor, rms: torch.Tensor) -> EncodedVectors:
+        if self._projection is None:
+            return self._encode(unit, rms, self.fmt.key_bits)
+        # Algorithm 2. The first stage takes the scale that leaves the smallest residual, least squares; the
+        # second makes the whole unbiased. Relative to rms nothing overflows, however long the vector.
+        codes, levels = self._nearest(unit, self.fmt.key_code_bits)
+        factor = _mean(unit * levels) / _mean(levels * levels)
+        scale = _half(rms * factor)
+        residual = unit - levels * (scale.float() / rms.clamp_min(_TINY))
+        # In float64, so that no order of summation can change a sign.
+        signs = (residual.double() @ self._projection.double().T < 0).to(torch.uint8)
+        norm = _half(_mean(residual * residual).sqrt() * self.head_dim**0.5 * rms)
+        return EncodedVectors(codes, scale.squeeze(-1), signs, norm.squeeze(-1))
+
+    def _encode(self, unit: torch.Tensor, rms: torch.Tensor, bits: int) -> EncodedVectors:
         codes, levels = self._nearest(unit, bits)
         # Unbiased over rotations: <y, scale * levels> = |y|**2. Least squares would shrink every vector by
         # the distortion (12% at 2 bits), which averaging over tokens does not remove.

@@ -28,7 +28,7 @@ def store(
     pages = pages_of(kv_cache, layout)
     used = (slot_mapping >= 0).nonzero().squeeze(-1)
     slot = slot_mapping[used].long()
-    keys, values = codec.encode_keys(key[used]), codec.encode_values(value[used])
+    keys, values = codec.encode(key[used], value[used])
 
     block_size = kv_cache.shape[1]
     block, offset = slot // block_size, slot % block_size
