@@ -67,6 +67,11 @@ def test_options_are_the_references(options):
     assert oracle.relative_error(reference(step, **options), exact(step, **options)) < FLOAT32
 
 
+def test_key_anchors_are_the_references():
+    step = step_of(KVFormat(4, 4, anchor=True), block_size=256)
+    assert oracle.relative_error(reference(step), exact(step)) < FLOAT32
+
+
 def test_several_query_tokens_see_up_to_themselves():
     """The last sequence has one token and three queries, two of which see nothing."""
     step = step_of()

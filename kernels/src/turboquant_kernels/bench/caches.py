@@ -11,7 +11,7 @@ import torch
 
 from turboquant_kernels.bench.rows import Shape
 from turboquant_kernels.codec import Codec
-from turboquant_kernels.packing import VALUE_SCALE, pages_of
+from turboquant_kernels.packing import VALUE_SCALE, anchors_of, pages_of
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ def random_step(
 ) -> DecodeStep:
     """A step over sequences of `lengths` tokens.
 
-    Scores have a standard deviation of about one: queries are standard normal, key scales uniform in 0.7..1.3
-    around what makes a key as long; value scales are uniform in 0.5..2.
+    Scores have a standard deviation of about one: queries and anchors are standard normal, key scales uniform
+    in 0.7..1.3; value scales are uniform in 0.5..2.
     """
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -52,8 +52,10 @@ def random_step(
 
     blocks = [-(-length // block_size) for length in lengths]
     num_blocks = sum(blocks)
-    size = (num_blocks, block_size, kv_heads, codec.fmt.slot_bytes(codec.head_dim))
-    kv_cache = torch.randint(256, size, dtype=torch.uint8, generator=generator, device=device)
+    kv_cache = empty_cache(codec, num_blocks, block_size, kv_heads, device)
+    kv_cache.random_(256, generator=generator)
+    if codec.fmt.anchor:
+        anchors_of(kv_cache, codec.fmt, codec.head_dim).normal_(generator=generator)
     scales = codec.layout.scales.of(pages_of(kv_cache, codec.layout))
     for begin in range(0, num_blocks, 4096):
         part = scales[begin : begin + 4096]
@@ -75,7 +77,22 @@ def random_step(
     )
 
 
-def equal_step(codec: Codec, shape: Shape, device: torch.device, *, seed: int = 0) -> DecodeStep:
+def equal_step(
+    codec: Codec, shape: Shape, device: torch.device, *, block_size: int = 16, seed: int = 0
+) -> DecodeStep:
     """A step of a benchmark shape."""
     lengths = [shape.context] * shape.batch
-    return random_step(codec, lengths, shape.q_heads, shape.kv_heads, device, seed=seed)
+    return random_step(
+        codec, lengths, shape.q_heads, shape.kv_heads, device, block_size=block_size, seed=seed
+    )
+
+
+def empty_cache(
+    codec: Codec, num_blocks: int, block_size: int, kv_heads: int, device: torch.device
+) -> torch.Tensor:
+    """Uninitialised blocks, uint8 [num_blocks, block_size, kv_heads, slot_bytes], with room for anchors."""
+    block_bytes = kv_heads * codec.fmt.page_bytes(codec.head_dim, block_size)
+    memory = torch.empty(num_blocks, block_bytes, dtype=torch.uint8, device=device)
+    slot_bytes = codec.fmt.slot_bytes(codec.head_dim)
+    pages = memory[:, : block_size * kv_heads * slot_bytes]
+    return pages.unflatten(1, (block_size, kv_heads, slot_bytes))

@@ -13,12 +13,14 @@ import torch
 
 from turboquant_kernels.codebook import codebook
 from turboquant_kernels.codec import Codec
+from turboquant_kernels.formats import ANCHOR_TOKENS
 from turboquant_kernels.packing import (
     KEY_RESIDUAL_NORM,
     KEY_SCALE,
     VALUE_SCALE,
     CodeOrder,
     Region,
+    anchors_of,
     pages_of,
 )
 from turboquant_kernels.rotation import projection_matrix
@@ -55,6 +57,10 @@ def attended(
         own = own.unflatten(1, (kv_heads, q_heads // kv_heads))
         blocks = block_table[sequence, : -(-length // kv_cache.shape[1])].long()
         key, value = decompress(codec, pages[blocks].flatten(0, 1))
+        if codec.fmt.anchor:
+            anchors = anchors_of(kv_cache, codec.fmt, codec.head_dim)[blocks].flatten(0, 1).double()
+            anchors = anchors.transpose(0, 1) @ rotation(codec, query.device).T
+            key = key + anchors.repeat_interleave(ANCHOR_TOKENS, dim=1)
         score = torch.einsum("qhgd,hkd->hgqk", own, key[:, :length]) * scale
         if soft_cap:
             score = soft_cap * torch.tanh(score / soft_cap)
