@@ -7,6 +7,7 @@ from plain_packing import WIDTHS, bit_places, plain_pack, plain_unpack, region_w
 from turboquant_kernels.formats import COMPRESSED_FORMATS, HEAD_DIMS, PAGE_TOKENS, Encoding, KVFormat
 from turboquant_kernels.packing import (
     PLANES,
+    anchors_of,
     group_codes,
     key_order,
     page_layout,
@@ -149,6 +150,34 @@ def test_blocks_may_lie_apart():
 def test_a_cache_of_another_shape_is_refused(cache, message):
     with pytest.raises(ValueError, match=message):
         pages_of(cache, page_layout(KVFormat(4, 4), 64))
+
+
+ANCHORED = KVFormat(4, 4, anchor=True)
+
+
+@pytest.mark.parametrize("padding", [0, 64])
+def test_anchors_follow_the_pages_of_their_block(padding):
+    pages, anchors = 256 * 2 * 68, 2 * 2 * 64 * 2
+    memory = torch.randint(0, 256, (3, pages + anchors + padding), dtype=torch.uint8)
+    cache = memory[:, :pages].unflatten(1, (256, 2, 68))
+    view = anchors_of(cache, ANCHORED, 64)
+    assert (view.shape, view.dtype) == ((3, 2, 2, 64), torch.bfloat16)
+    assert torch.equal(view.view(torch.uint8).flatten(1), memory[:, pages : pages + anchors])
+    assert memory.shape[1] - padding == 2 * ANCHORED.page_bytes(64, tokens=256)
+    view.zero_()
+    assert not memory[:, pages : pages + anchors].any()
+
+
+@pytest.mark.parametrize(
+    ("cache", "message"),
+    [
+        (torch.zeros(2, 128, 2, 68, dtype=torch.uint8), "blocks lie 17408 bytes apart and take 17664"),
+        (torch.zeros(2, 64, 2, 68, dtype=torch.uint8), "64 tokens are not a multiple of 128"),
+    ],
+)
+def test_a_cache_without_room_for_anchors_is_refused(cache, message):
+    with pytest.raises(ValueError, match=message):
+        anchors_of(cache, ANCHORED, 64)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from turboquant_kernels.decode import reference
 from turboquant_kernels.decode.reference import paged_attention
 from turboquant_kernels.decode.tiles import PIECE_TOKENS, TILE_QUERIES, tile_batch
 from turboquant_kernels.formats import COMPRESSED_FORMATS, HEAD_DIMS, Encoding, KVFormat
+from turboquant_kernels.packing import anchors_of
 from turboquant_kernels.rotation import projection_matrix, rotation_matrix
 from turboquant_kernels.store.reference import store
 
@@ -51,8 +52,14 @@ class Batch:
         total = sum(blocks) + 2
         order = torch.randperm(total, generator=generator).split([*blocks, 2])
         slot_bytes = self.fmt.slot_bytes(self.head_dim)
-        shape = (total, self.block_size, self.kv_heads, slot_bytes)
-        self.cache = torch.full(shape, self.filler, dtype=torch.uint8)
+        block_bytes = self.kv_heads * self.fmt.page_bytes(self.head_dim, self.block_size)
+        memory = torch.full((total, block_bytes), self.filler, dtype=torch.uint8)
+        self.cache = memory[:, : self.block_size * self.kv_heads * slot_bytes].unflatten(
+            1, (self.block_size, self.kv_heads, slot_bytes)
+        )
+        if self.fmt.anchor:
+            self.anchors = anchors_of(self.cache, self.fmt, self.head_dim)
+            self.anchors.copy_(4 * torch.randn(self.anchors.shape, generator=generator))
         # What stands in a block table beyond a sequence's blocks is anything.
         self.block_table = torch.full((len(blocks), max(blocks, default=0) + 1), 2**31 - 1, dtype=torch.int32)
         for i, n in enumerate(self.seq_lens):
@@ -96,7 +103,7 @@ class Batch:
     def _oracle(self, i, window, soft_cap, sinks):
         group = self.q_heads // self.kv_heads
         codec = self.codec
-        key = codec.decode_keys(codec.encode_keys(self.keys[i])).double().repeat_interleave(group, dim=1)
+        key = self._stored_keys(i).double().repeat_interleave(group, dim=1)
         value = (
             codec.decode_values(codec.encode_values(self.values[i])).double().repeat_interleave(group, dim=1)
         )
@@ -114,6 +121,15 @@ class Batch:
             score = torch.cat((score, sink), dim=-1)
             value = torch.cat((value, torch.zeros_like(value[:1])))
         return torch.einsum("hqk,khd->qhd", score.softmax(-1), value)
+
+    def _stored_keys(self, i):
+        """What the cache holds of a sequence's keys, its anchors included: float32 [seq_len, kv_heads, D]."""
+        anchors = torch.zeros_like(self.keys[i])
+        if self.fmt.anchor:
+            position = torch.arange(self.seq_lens[i])
+            block = self.block_table[i, position // self.block_size]
+            anchors = self.anchors[block, position % self.block_size // 128].float()
+        return self.codec.decode_keys(self.codec.encode_keys(self.keys[i] - anchors)) + anchors
 
 
 def assert_matches(result, expected):
@@ -181,6 +197,33 @@ def test_window_cap_and_sinks_together():
     batch = Batch(**MIXED, fmt=KVFormat(8, 8), q_heads=6)
     options = {"window": 30, "soft_cap": 5.0, "sinks": torch.linspace(-1, 4, 6)}
     assert_matches(batch.attend(**options), batch.oracle(**options))
+
+
+@pytest.mark.parametrize("window", [None, 1, 100, 200])
+@pytest.mark.parametrize("block_size", [128, 256])
+@pytest.mark.parametrize("encoding", [Encoding.MSE, Encoding.PROD])
+def test_anchors_are_added_to_the_keys_of_their_128_tokens(encoding, block_size, window):
+    batch = Batch(**MIXED, fmt=KVFormat(4, 3, encoding, anchor=True), block_size=block_size)
+    options = {"window": window, "soft_cap": 20.0}
+    assert_matches(batch.attend(**options), batch.oracle(**options))
+
+
+def test_an_anchor_takes_the_common_part_out_of_the_error():
+    """What anchors are for: keys with a large constant part, as some models' biases give them."""
+    constant = 30 * torch.randn(64, generator=torch.Generator().manual_seed(1)).bfloat16().float()
+
+    def error(anchor):
+        batch = Batch([1], [128], fmt=KVFormat(4, 8, anchor=anchor), block_size=128, kv_heads=1)
+        batch.keys[0] += constant
+        if anchor:
+            batch.anchors[:] = constant
+        slots = batch.block_table[0, 0] * 128 + torch.arange(128)
+        store(batch.codec, batch.keys[0], batch.values[0], batch.cache, slots)
+        exact = torch.einsum("qhd,kgd->hqk", batch.queries[0].double(), batch.keys[0].double()) / 8
+        expected = torch.einsum("hqk,kgd->qhd", exact.softmax(-1), batch.values[0].double())
+        return float((batch.attend() - expected).norm() / expected.norm())
+
+    assert error(anchor=True) < 0.3 < 1 < error(anchor=False)
 
 
 @settings(max_examples=40)

@@ -8,6 +8,7 @@ from plain_packing import plain_pack, slot_rows
 
 from turboquant_kernels.codec import Codec
 from turboquant_kernels.formats import COMPRESSED_FORMATS, HEAD_DIMS, Encoding, KVFormat
+from turboquant_kernels.packing import anchors_of
 from turboquant_kernels.store.reference import store
 
 
@@ -136,3 +137,24 @@ def test_blocks_that_lie_apart_are_written_in_place():
     store(codec, key, value, dense, slots)
     assert torch.equal(cache, dense)
     assert not memory[:, 32 * 2 * 68 :].any()
+
+
+@pytest.mark.parametrize("encoding", [Encoding.MSE, Encoding.PROD])
+@pytest.mark.parametrize("head_dim", [80, 128])
+def test_with_anchors_the_differences_to_them_are_stored(encoding, head_dim):
+    anchored, plain = KVFormat(4, 3, encoding, anchor=True), KVFormat(4, 3, encoding)
+    pages = 256 * 2 * plain.slot_bytes(head_dim)
+    memory = torch.zeros(3, 2 * anchored.page_bytes(head_dim, tokens=256) + 64, dtype=torch.uint8)
+    cache = memory[:, :pages].unflatten(1, (256, 2, plain.slot_bytes(head_dim)))
+    anchors = anchors_of(cache, anchored, head_dim)
+    anchors.copy_(3 * torch.randn(anchors.shape))
+    around = memory[:, pages:].clone()
+
+    key, value = torch.randn(2, 5, 2, head_dim)
+    slots = torch.tensor([0, 127, 128, 300, 767])
+    store(Codec(anchored, head_dim), key, value, cache, slots)
+    expected = torch.zeros(cache.shape, dtype=torch.uint8)
+    own = torch.stack([anchors[0, 0], anchors[0, 0], anchors[0, 1], anchors[1, 0], anchors[2, 1]]).float()
+    store(Codec(plain, head_dim), key - own, value, expected, slots)
+    assert torch.equal(cache, expected)
+    assert torch.equal(memory[:, pages:], around)

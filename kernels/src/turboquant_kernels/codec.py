@@ -59,15 +59,16 @@ class Codec:
     request that wrote them (prefix caching), so a fault must not reach others through them; in its own
     request it stays visible, since the residual stream that produced it carries it on.
 
-    Raises ValueError for a plain format, for a head_dim that compressed formats do not have, and for anchors.
-    Tensors live on the CPU; those of equal parameters are shared by all codecs.
+    Key anchors (`KVFormat.anchor`) are not its business: the cache's operations subtract them from keys
+    before they are encoded and add them to keys that were decoded.
+
+    Raises ValueError for a plain format and for a head_dim that compressed formats do not have. Tensors live
+    on the CPU; those of equal parameters are shared by all codecs.
     """
 
     def __init__(self, fmt: KVFormat, head_dim: int, seed: int = DEFAULT_SEED) -> None:
         if not fmt.compressed:
             raise ValueError(f"{fmt.name} is the engine's own cache: there is nothing to encode")
-        if fmt.anchor:
-            raise ValueError(f"{fmt.name} with key anchors is not supported yet")
         self.fmt = fmt
         self.head_dim = head_dim
         self.seed = seed

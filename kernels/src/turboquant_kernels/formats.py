@@ -136,8 +136,11 @@ class KVFormat:
             raise ValueError(
                 f"{tokens} tokens are not a multiple of {unit}, the block that {self.name} stores"
             )
-        anchors = tokens // ANCHOR_TOKENS * head_dim * ANCHOR_ELEMENT_BYTES if self.anchor else 0
-        return tokens * self.slot_bytes(head_dim) + anchors
+        return tokens * self.slot_bytes(head_dim) + self.anchor_bytes(head_dim, tokens)
+
+    def anchor_bytes(self, head_dim: int, tokens: int) -> int:
+        """Bytes of the anchors of `tokens` tokens of one KV head, a multiple of `ANCHOR_TOKENS`."""
+        return tokens // ANCHOR_TOKENS * head_dim * ANCHOR_ELEMENT_BYTES if self.anchor else 0
 
     def ratio_to_bf16(self, head_dim: int) -> float:
         """Tokens that fit where one bf16 token did, anchors charged."""

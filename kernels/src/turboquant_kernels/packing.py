@@ -25,7 +25,12 @@ other:
 
 The scales of a token are fp16: key scale, value scale and, for prod, the norm of the key's residual; they are
 adjacent, so that one load brings them. Residual signs are a plane in natural order. Every offset follows from
-`KVFormat`; the sum is `KVFormat.page_bytes`.
+`KVFormat`; the sum is 16 times `KVFormat.slot_bytes`.
+
+A block of the engine's cache holds the pages of its KV heads and, if the format has them, after all pages one
+bf16 vector for each KV head and `ANCHOR_TOKENS` tokens, the anchor that was subtracted from their keys:
+
+    [block_size / 16][kv_heads][page_bytes] | [block_size / 128][kv_heads][head_dim] bf16
 """
 
 from dataclasses import dataclass
@@ -33,7 +38,7 @@ from functools import cache, reduce
 
 import torch
 
-from turboquant_kernels.formats import PAGE_TOKENS, Encoding, KVFormat
+from turboquant_kernels.formats import ANCHOR_TOKENS, PAGE_TOKENS, Encoding, KVFormat
 
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 1, 1), 8: (8,)}
 """Widths of the bit planes of a code, low bits first."""
@@ -223,7 +228,7 @@ class PageLayout:
 
 @cache
 def page_layout(fmt: KVFormat, head_dim: int) -> PageLayout:
-    """The layout of `fmt` at `head_dim`, whose regions fill a page of `fmt.page_bytes(head_dim)` bytes."""
+    """The layout of `fmt` at `head_dim`, whose regions fill a page; anchors stand outside of pages."""
     end = 0
 
     def region(token_bytes: int) -> Region:
@@ -236,7 +241,7 @@ def page_layout(fmt: KVFormat, head_dim: int) -> PageLayout:
         value_planes=tuple(region(head_dim * width // 8) for width in PLANES[fmt.value_bits]),
         key_residual_signs=region(head_dim // 8) if fmt.encoding is Encoding.PROD else None,
         scales=region(fmt.scale_bytes),
-        page_bytes=fmt.page_bytes(head_dim),
+        page_bytes=PAGE_TOKENS * fmt.slot_bytes(head_dim),
     )
     assert end == layout.page_bytes, "regions fill the page"
     return layout
@@ -245,9 +250,10 @@ def page_layout(fmt: KVFormat, head_dim: int) -> PageLayout:
 def pages_of(kv_cache: torch.Tensor, layout: PageLayout) -> torch.Tensor:
     """The engine's cache as pages: a view, uint8 [num_blocks, block_size / 16, kv_heads, page_bytes].
 
-    kv_cache is uint8 [num_blocks, block_size, kv_heads, slot_bytes]. Blocks may lie apart (a page size padded
-    for other layers, a multiple of 8 bytes); within a block the bytes must be contiguous. Raises ValueError
-    where they are not, or where block_size or slot_bytes do not fit the format.
+    kv_cache is uint8 [num_blocks, block_size, kv_heads, slot_bytes]. Blocks may lie apart, by a multiple of 8
+    bytes (anchors stand between them, or a page size is padded for other layers); within a block the bytes
+    must be contiguous. Raises ValueError where they are not, or where block_size or slot_bytes do not fit the
+    format.
     """
     _, block_size, kv_heads, slot_bytes = kv_cache.shape
     if block_size % PAGE_TOKENS:
@@ -259,3 +265,26 @@ def pages_of(kv_cache: torch.Tensor, layout: PageLayout) -> torch.Tensor:
     if not kv_cache[0].is_contiguous():
         raise ValueError("the bytes of a cache block are not contiguous")
     return kv_cache.flatten(1).unflatten(1, (block_size // PAGE_TOKENS, kv_heads, layout.page_bytes))
+
+
+def anchors_of(kv_cache: torch.Tensor, fmt: KVFormat, head_dim: int) -> torch.Tensor:
+    """The key anchors: a view, bf16 [num_blocks, block_size / 128, kv_heads, D], of what follows the pages.
+
+    kv_cache is the view of the pages, as for `pages_of`; its blocks lie at least kv_heads times
+    `fmt.page_bytes(head_dim, block_size)` bytes apart. Raises ValueError where they do not, or where
+    block_size is no multiple of `ANCHOR_TOKENS`.
+    """
+    num_blocks, block_size, kv_heads, slot_bytes = kv_cache.shape
+    block_bytes = kv_heads * fmt.page_bytes(head_dim, block_size)
+    if kv_cache.stride(0) < block_bytes:
+        raise ValueError(
+            f"blocks lie {kv_cache.stride(0)} bytes apart and take {block_bytes} with their key anchors"
+        )
+    # No operation on `kv_cache` reaches beyond its own shape, so the view is made by hand.
+    anchor_bytes = fmt.anchor_bytes(head_dim, ANCHOR_TOKENS)
+    anchors = kv_cache.as_strided(
+        (num_blocks, block_size // ANCHOR_TOKENS, kv_heads, anchor_bytes),
+        (kv_cache.stride(0), kv_heads * anchor_bytes, anchor_bytes, 1),
+        kv_cache.storage_offset() + block_size * kv_heads * slot_bytes,
+    )
+    return anchors.view(torch.bfloat16)

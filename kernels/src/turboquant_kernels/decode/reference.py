@@ -15,8 +15,8 @@ import torch
 
 from turboquant_kernels.codec import Codec
 from turboquant_kernels.decode.tiles import Tiles, tile_batch
-from turboquant_kernels.formats import PAGE_TOKENS
-from turboquant_kernels.packing import pages_of
+from turboquant_kernels.formats import ANCHOR_TOKENS, PAGE_TOKENS
+from turboquant_kernels.packing import anchors_of, pages_of
 
 WORKSPACE_BYTES = 8 << 20
 """Decompressed keys and values, and scores, that are held at a time. Larger tensors leave the caches and the
@@ -41,7 +41,8 @@ def paged_attention(
     """Causal attention of a ragged batch of queries to their sequences in the compressed cache.
 
     query: any float [num_tokens, q_heads, D], q_heads a multiple of kv_heads; rows from query_start_loc[-1]
-    on are padding. kv_cache: uint8 [num_blocks, block_size, kv_heads, slot_bytes]. block_table: int
+    on are padding. kv_cache: uint8 [num_blocks, block_size, kv_heads, slot_bytes], followed in each block by
+    its key anchors where the format has them; a key is what is stored plus its anchor. block_table: int
     [num_seqs, max_blocks]. query_start_loc: int [num_seqs + 1]: where each sequence's queries begin.
     seq_lens: int [num_seqs], query tokens included, which are stored already.
 
@@ -54,34 +55,32 @@ def paged_attention(
     Returns [num_tokens, q_heads, D] in the query's dtype, or fills and returns `out`. Padding rows and
     queries that see nothing are zero. Arithmetic is float32.
     """
-    pages = pages_of(kv_cache, codec.layout)
+    cache = _Cache(codec, kv_cache, block_table)
     if tiles is None:
         tiles = tile_batch(query_start_loc, seq_lens, window)
     rotated = codec.rotate(query) * scale
     attended = torch.zeros_like(rotated)
     for same_shape in tiles:
-        at_once = max(1, WORKSPACE_BYTES // _tile_bytes(same_shape, pages, rotated))
+        at_once = max(1, WORKSPACE_BYTES // _tile_bytes(same_shape, cache.kv_heads, rotated))
         for group in same_shape.split(at_once):
             rows, used = group.rows()
-            result = _attend(codec, rotated[rows], group, pages, block_table, window, soft_cap, sinks)
+            result = _attend(cache, rotated[rows], group, window, soft_cap, sinks)
             attended[rows[used]] = result[used]
     attended = codec.unrotate(attended)
     return attended.to(query.dtype) if out is None else out.copy_(attended)
 
 
 def _attend(
-    codec: Codec,
+    cache: "_Cache",
     query: torch.Tensor,
     tiles: Tiles,
-    pages: torch.Tensor,
-    block_table: torch.Tensor,
     window: int | None,
     soft_cap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """Attention of some tiles: float32 [n, width, q_heads, D], queries rotated and scaled -> same shape."""
     n, width, q_heads, head_dim = query.shape
-    kv_heads = pages.shape[2]
+    kv_heads = cache.kv_heads
     group = q_heads // kv_heads
     # The rows of one matrix product are all queries that share a KV head.
     query = query.view(n, width, kv_heads, group, head_dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
@@ -100,7 +99,7 @@ def _attend(
         # Tiles stand longest first, so those that have a piece here are the first ones.
         n = int((context > offset).sum())
         first = tiles.start[:n, None] + offset
-        key, value = _read_piece(codec, pages, block_table, tiles.sequence[:n, None], first, tiles.piece)
+        key, value = cache.read(tiles.sequence[:n, None], first, tiles.piece)
 
         score = query[:n] @ key.mT
         if soft_cap:
@@ -121,29 +120,39 @@ def _attend(
     return output.unflatten(2, (group, width)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
-def _read_piece(
-    codec: Codec,
-    pages: torch.Tensor,
-    block_table: torch.Tensor,
-    sequence: torch.Tensor,
-    first: torch.Tensor,
-    tokens: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotated keys and values of `tokens` positions from `first` on: float32 [n, kv_heads, tokens, D] each.
+class _Cache:
+    """The compressed cache of one layer, read by positions of sequences."""
 
-    sequence, first: int64 [n, 1]. Positions past the end of a sequence read some page or other, to be masked:
-    their entries in the block table may hold anything.
-    """
-    num_blocks, pages_per_block = pages.shape[:2]
-    page = first // PAGE_TOKENS + torch.arange(tokens // PAGE_TOKENS)
-    entry = (page // pages_per_block).clamp_max(block_table.shape[1] - 1)
-    block = block_table[sequence, entry].clamp(0, num_blocks - 1)
-    # As 8-byte words, since indexing copies element by element.
-    piece = pages.view(torch.int64)[block, page % pages_per_block].view(torch.uint8).transpose(1, 2)
-    return codec.read_rotated_keys(piece).flatten(2, 3), codec.read_rotated_values(piece).flatten(2, 3)
+    def __init__(self, codec: Codec, kv_cache: torch.Tensor, block_table: torch.Tensor) -> None:
+        self.codec = codec
+        self.block_table = block_table
+        self.pages = pages_of(kv_cache, codec.layout)
+        self.anchors = anchors_of(kv_cache, codec.fmt, codec.head_dim) if codec.fmt.anchor else None
+        self.kv_heads = self.pages.shape[2]
+
+    def read(
+        self, sequence: torch.Tensor, first: torch.Tensor, tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotated keys and values of `tokens` positions from `first` on: float32 [n, kv_heads, tokens, D].
+
+        sequence, first: int64 [n, 1]. Positions past the end of a sequence read some page or other, to be
+        masked: their entries in the block table may hold anything.
+        """
+        num_blocks, pages_per_block = self.pages.shape[:2]
+        page = first // PAGE_TOKENS + torch.arange(tokens // PAGE_TOKENS)
+        entry = (page // pages_per_block).clamp_max(self.block_table.shape[1] - 1)
+        block = self.block_table[sequence, entry].clamp(0, num_blocks - 1)
+        page = page % pages_per_block
+        # As 8-byte words, since indexing copies element by element.
+        piece = self.pages.view(torch.int64)[block, page].view(torch.uint8).transpose(1, 2)
+        key, value = self.codec.read_rotated_keys(piece), self.codec.read_rotated_values(piece)
+        if self.anchors is not None:
+            anchor = self.anchors[block, page * PAGE_TOKENS // ANCHOR_TOKENS].transpose(1, 2)
+            key += self.codec.rotate(anchor).unsqueeze(-2)
+        return key.flatten(2, 3), value.flatten(2, 3)
 
 
-def _tile_bytes(tiles: Tiles, pages: torch.Tensor, query: torch.Tensor) -> int:
+def _tile_bytes(tiles: Tiles, kv_heads: int, query: torch.Tensor) -> int:
     """Workspace of one tile: float32 keys, values and scores of a piece."""
-    kv_heads, (q_heads, head_dim) = pages.shape[2], query.shape[1:]
+    q_heads, head_dim = query.shape[1:]
     return 4 * tiles.piece * (2 * kv_heads * head_dim + q_heads * tiles.width)

@@ -6,8 +6,8 @@ The CPU engine stores with it; GPU kernels are tested against it.
 import torch
 
 from turboquant_kernels.codec import Codec
-from turboquant_kernels.formats import PAGE_TOKENS
-from turboquant_kernels.packing import CodeOrder, Region, pages_of
+from turboquant_kernels.formats import ANCHOR_TOKENS, PAGE_TOKENS
+from turboquant_kernels.packing import CodeOrder, Region, anchors_of, pages_of
 
 
 def store(
@@ -23,16 +23,23 @@ def store(
     slot_bytes], see `packing.pages_of`. slot_mapping: int [n], n <= num_tokens: slot of each of the first n
     tokens, block * block_size + offset; -1 is padding and is skipped. Bytes of other slots stay as they are.
     Slots are distinct.
+
+    With key anchors, those of the slots stand in the cache already (`packing.anchors_of`), as vectors that
+    are not rotated; what is stored of a key is its difference to its anchor.
     """
     layout = codec.layout
     pages = pages_of(kv_cache, layout)
     used = (slot_mapping >= 0).nonzero().squeeze(-1)
     slot = slot_mapping[used].long()
-    keys, values = codec.encode(key[used], value[used])
-
     block_size = kv_cache.shape[1]
     block, offset = slot // block_size, slot % block_size
     page, token = offset // PAGE_TOKENS, offset % PAGE_TOKENS
+
+    key, value = key[used], value[used]
+    if codec.fmt.anchor:
+        anchors = anchors_of(kv_cache, codec.fmt, codec.head_dim)
+        key = key.float() - anchors[block, offset // ANCHOR_TOKENS].float()
+    keys, values = codec.encode(key, value)
 
     def write(region: Region, data: torch.Tensor) -> None:
         """data: uint8 [used tokens, kv_heads, token_bytes]."""
