@@ -1,0 +1,371 @@
+"""Decode attention in plain Triton: every format, head dimension and GPU that the Hopper kernel is not made for.
+
+    schedule -> items: splits of sequences -> [this kernel] sums over an item's tokens -> merge -> attended
+
+One program reads an item for one KV head, tile by tile, and unpacks each tile once for
+all its rows, the query heads of that KV head times the query tokens of the sequence. Tokens are the M dimension
+of both products, so rows need no padding beyond 4:
+
+    products[token, row] = sum_d c_key[token, d] * q[row, d]                  int8, exact int32 sums
+    attended[d, row]    += sum_token level_value[token, d] * weight[token, row]         bf16, float32 sums
+
+The query is a 16-bit integer in two int8 halves, the weight two bf16 numbers, both as neighbouring columns, so
+each costs a column and not a second product. Levels are exact in bf16 (`turboquant_kernels.unpack`); scales
+multiply logits and weights, never tiles. Logits are in base 2.
+
+All buffers follow from shapes, lengths are read on the device, and every sum has a fixed order: results repeat bit
+by bit and the launch can be captured in a CUDA graph.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+
+from turboquant_kernels.codebook import codebook
+from turboquant_kernels.codec import Codec
+from turboquant_kernels.formats import PAGE_TOKENS
+from turboquant_kernels.packing import pages_of
+from turboquant_kernels.rotation import projection_matrix
+from turboquant_kernels.unpack import (
+    coordinate,
+    level_tables,
+    levels_ptx,
+    load_bits,
+    load_levels,
+    table_words,
+)
+
+if TYPE_CHECKING:
+    from turboquant_kernels.queries.reference import QuantizedQueries
+
+MAX_ROWS = 16
+"""Rows of a program; more (many query tokens) are divided among programs, which each read the tokens."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the kernel is launched for one format, head dimension and number of rows."""
+
+    rows: int
+    """Query heads times query tokens that a program holds, a power of two."""
+    tile_tokens: int
+    """Tokens that a program reads at a time."""
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int
+    """Programs that fit on a multiprocessor, for the number of splits."""
+
+    def row_groups(self, rows: int) -> int:
+        """Programs that share the rows of one KV head."""
+        return triton.cdiv(rows, self.rows)
+
+
+def launch_of(head_dim: int, rows: int) -> Launch:
+    """The launch for `rows` rows (query heads of a KV head times query tokens)."""
+    held = min(max(triton.next_power_of_2(rows), 4), MAX_ROWS)
+    return Launch(held, tile_tokens=64, num_warps=4 if head_dim > 128 else 2, num_stages=1, programs_per_sm=8)
+
+
+def attend_items(
+    codec: Codec,
+    launch: Launch,
+    queries: "QuantizedQueries",
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    items: torch.Tensor,
+    partial: torch.Tensor,
+    stats: torch.Tensor,
+    *,
+    query_len: int,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> None:
+    """Fills the partial results of the items of a schedule.
+
+    queries: the rotated and quantized queries, [num_seqs * query_len, q_heads, ...]. kv_cache, block_table,
+    seq_lens: as `decode.reference.paged_attention` takes them, the last two int32. items: `Schedule.items`, in
+    units of whole tiles of `launch`. partial: float32 [items, kv_heads, row_groups, rows, D], values in steps of
+    their codebook relative to 2**maximum; stats: float32 [items, kv_heads, row_groups, rows, 2], maximum logit (base
+    2) and sum of weights. Entries of items without work stay as they are.
+    """
+    _, block_size, kv_heads, _ = kv_cache.shape
+    pages_of(kv_cache, codec.layout)  # raises for a cache of another format
+    group = queries.codes.shape[1] // kv_heads
+    projected = _project(codec, queries) if codec.layout.key_residual_signs is not None else (None, None)
+    grid = (len(items), kv_heads, launch.row_groups(group * query_len))
+    _attend_items[grid](
+        items,
+        queries.codes,
+        queries.scale,
+        queries.half_sum,
+        *projected,
+        kv_cache,
+        block_table,
+        seq_lens,
+        *_tables(codec, kv_cache.device),
+        partial,
+        stats,
+        kv_cache.stride(0),
+        block_table.stride(0),
+        query_len,
+        window or 0,
+        soft_cap * math.log2(math.e) if soft_cap else None,
+        **_constants(codec, launch, kv_heads, group, block_size),
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+
+
+def _constants(codec: Codec, launch: Launch, kv_heads: int, group: int, block_size: int) -> dict[str, Any]:
+    """What the kernel is specialized to."""
+    fmt, layout, head_dim = codec.fmt, codec.layout, codec.head_dim
+    interpreted = triton.knobs.runtime.interpret
+    return {
+        "HEAD_DIM": head_dim,
+        "WIDTH": triton.next_power_of_2(head_dim),
+        "KV_HEADS": kv_heads,
+        "GROUP": group,
+        "BLOCK_SIZE": block_size,
+        "PAGE_TOKENS": PAGE_TOKENS,
+        "PAGE_BYTES": layout.page_bytes,
+        "KEY_BITS": fmt.key_code_bits,
+        "VALUE_BITS": fmt.value_bits,
+        "VALUE_OFFSET": layout.value_planes[0].offset,
+        "SIGNS_OFFSET": layout.key_residual_signs.offset if layout.key_residual_signs else 0,
+        "SCALES_OFFSET": layout.scales.offset,
+        "SCALES": layout.scales.token_bytes // 2,
+        "KEY_READ": codec.key_order.read_bytes,
+        "KEY_PTX": "" if interpreted else levels_ptx(fmt.key_code_bits, head_dim, bf16=False),
+        "VALUE_PTX": "" if interpreted else levels_ptx(fmt.value_bits, head_dim, bf16=True),
+        "ROWS": launch.rows,
+        "TILE": launch.tile_tokens,
+        # The interpreter's matrix product of bf16 is wrong.
+        "WEIGHT": tl.float32 if interpreted else tl.bfloat16,
+        "STAGES": launch.num_stages,
+    }
+
+
+def _tables(codec: Codec, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    fmt, head_dim = codec.fmt, codec.head_dim
+    return (
+        level_tables(fmt.key_code_bits, head_dim, device),
+        level_tables(fmt.value_bits, head_dim, device),
+    )
+
+
+@cache
+def _projection(head_dim: int, seed: int, device: torch.device) -> torch.Tensor:
+    return projection_matrix(head_dim, seed).to(device)
+
+
+def _project(codec: Codec, queries: "QuantizedQueries") -> tuple[torch.Tensor, torch.Tensor]:
+    """PROD: S q of the rotated queries, as int8 halves [tokens, q_heads, 2, D] and their unit [tokens, q_heads].
+
+    A key's residual is norm * sqrt(pi / 2) / D * S.T signs (paper, algorithm 2), so its part of the logit is the
+    sum of the signs times S q, times norm and that unit.
+    """
+    key_step = codebook(codec.fmt.key_code_bits, codec.head_dim).step
+    whole = queries.codes[..., 0, :].float() * 256 + queries.codes[..., 1, :].float()
+    projection = _projection(codec.head_dim, codec.seed, queries.codes.device)
+    projected = (whole * (queries.scale / key_step)[..., None]) @ projection.T
+    unit = (projected.abs().amax(-1) / 32512).clamp_min(torch.finfo(torch.float32).tiny)
+    rounded = (projected / unit[..., None]).round()
+    high = ((rounded + 128) / 256).floor()
+    codes = torch.stack((high, rounded - 256 * high), dim=-2).to(torch.int8)
+    return codes, unit * (math.sqrt(math.pi / 2) / codec.head_dim)
+
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+_NOTHING = tl.constexpr(-1e30)
+"""Maximum of a row that has seen no token; finite, so that differences of two are never NaN."""
+
+
+@triton.jit
+def _soft_cap(logit, cap):
+    """cap * tanh(logit / cap), all in base 2."""
+    # exp2 overflows to infinity, where the fraction is 0 and tanh 1.
+    return cap * (1 - 2 / (tl.exp2(logit * (2 * _LOG2E / cap)) + 1))
+
+
+@triton.jit
+def _products(left, right):
+    """Integer [T, D] @ [D, 2 * R], columns in pairs of high and low halves -> float32 [T, R]."""
+    product = tl.dot(left, right, out_dtype=tl.int32)
+    high, low = tl.split(tl.reshape(product, (left.shape[0], right.shape[1] // 2, 2)))
+    return (high * 256 + low).to(tl.float32)
+
+
+@triton.jit
+def _attend_items(
+    items,  # int32 [max_items, 4]: `schedule.Schedule.items`
+    query_codes,  # int8 [tokens, q_heads, 2, D]
+    query_scale,  # float32 [tokens, q_heads]
+    query_half_sum,  # float32 [tokens, q_heads]
+    projected_codes,  # PROD: int8 [tokens, q_heads, 2, D]
+    projected_scale,  # PROD: float32 [tokens, q_heads]
+    cache,  # uint8, blocks of `block_stride` bytes
+    block_table,  # int32 [num_seqs, table_stride]
+    seq_lens,  # int32 [num_seqs]
+    key_tables,  # int8: `unpack.level_tables`
+    value_tables,  # int8: `unpack.level_tables`
+    partial,  # float32 [max_items, kv_heads, row_groups, ROWS, D], in steps of the codebook
+    stats,  # float32 [max_items, kv_heads, row_groups, ROWS, 2]: maximum, sum of weights
+    block_stride,
+    table_stride,
+    query_len,
+    window,  # positions that a query sees, its own included; 0: all
+    soft_cap,  # of logits in base 2; None: none
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,  # HEAD_DIM padded to a power of two
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,  # query heads of a KV head
+    BLOCK_SIZE: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+    PAGE_BYTES: tl.constexpr,
+    KEY_BITS: tl.constexpr,
+    VALUE_BITS: tl.constexpr,
+    VALUE_OFFSET: tl.constexpr,
+    SIGNS_OFFSET: tl.constexpr,  # PROD, else 0
+    SCALES_OFFSET: tl.constexpr,
+    SCALES: tl.constexpr,
+    KEY_READ: tl.constexpr,  # `packing.CodeOrder.read_bytes`
+    KEY_PTX: tl.constexpr,
+    VALUE_PTX: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    WEIGHT: tl.constexpr,  # type of weights and value levels: bf16, in the interpreter float32
+    STAGES: tl.constexpr,
+):
+    item = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    row_group = tl.program_id(2)
+    seq = tl.load(items + 4 * item)
+    begin = tl.load(items + 4 * item + 1) * PAGE_TOKENS
+    end = tl.load(items + 4 * item + 2) * PAGE_TOKENS
+    if begin >= end:
+        return
+    seq_len = tl.load(seq_lens + seq)
+    # Row r is query token r // GROUP and head r % GROUP; each stands twice among the columns of the products.
+    row = row_group * ROWS + tl.arange(0, ROWS)
+    used = row < query_len * GROUP
+    query_row = (seq * query_len + row // GROUP) * (KV_HEADS * GROUP) + kv_head * GROUP + row % GROUP
+    position = seq_len - query_len + row // GROUP
+
+    column = tl.arange(0, WIDTH)
+    column_row = row_group * ROWS + tl.arange(0, 2 * ROWS) // 2
+    half = tl.arange(0, 2 * ROWS) % 2
+    token = seq * query_len + column_row // GROUP
+    head = kv_head * GROUP + column_row % GROUP
+    column_offset = ((token * (KV_HEADS * GROUP) + head) * 2 + half).to(tl.int64) * HEAD_DIM
+    column_used = column_row < query_len * GROUP
+    key_coordinate = coordinate(column, KEY_BITS, KEY_PTX, KEY_READ, WIDTH)
+    operand_mask = (key_coordinate < HEAD_DIM)[:, None] & column_used[None, :]
+    query = tl.load(
+        query_codes + column_offset[None, :] + key_coordinate[:, None], mask=operand_mask, other=0
+    )
+    scale = tl.load(query_scale + query_row, mask=used, other=0.0)
+    half_sum = tl.load(query_half_sum + query_row, mask=used, other=0.0)
+    if SIGNS_OFFSET > 0:
+        natural = tl.arange(0, WIDTH)
+        projected_mask = (natural < HEAD_DIM)[:, None] & column_used[None, :]
+        projected = tl.load(
+            projected_codes + column_offset[None, :] + natural[:, None], mask=projected_mask, other=0
+        )
+        norm_scale = tl.load(projected_scale + query_row, mask=used, other=0.0)
+
+    key_words = table_words(key_tables, KEY_BITS, KEY_PTX, tl.int8)
+    value_words = table_words(value_tables, VALUE_BITS, VALUE_PTX, WEIGHT)
+    maximum = tl.full([ROWS], _NOTHING, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    result = tl.zeros([WIDTH, ROWS], tl.float32)
+    last_page = (seq_len - 1) // PAGE_TOKENS
+    table = block_table + seq.to(tl.int64) * table_stride
+    in_tile = tl.arange(0, TILE)
+    for start in tl.range(begin, end, TILE, num_stages=STAGES):
+        key_position = start + in_tile
+        # Tokens beyond the end read the last page; they are masked below.
+        page_index = tl.minimum(key_position // PAGE_TOKENS, last_page)
+        block = tl.load(table + page_index // (BLOCK_SIZE // PAGE_TOKENS)).to(tl.int64)
+        page_in_block = page_index % (BLOCK_SIZE // PAGE_TOKENS)
+        page = cache + block * block_stride + (page_in_block * KV_HEADS + kv_head) * PAGE_BYTES
+        in_page = in_tile % PAGE_TOKENS
+        stored = key_position < seq_len
+        scales = (page + SCALES_OFFSET).to(tl.pointer_type(tl.float16), bitcast=True) + in_page * SCALES
+        key_scale = tl.load(scales, mask=stored, other=0.0).to(tl.float32)
+        value_scale = tl.load(scales + 1, mask=stored, other=0.0).to(tl.float32)
+
+        keys = load_levels(
+            page[:, None],
+            in_page[:, None],
+            key_tables,
+            key_words,
+            KEY_BITS,
+            HEAD_DIM,
+            WIDTH,
+            KEY_READ,
+            KEY_PTX,
+            PAGE_TOKENS,
+            tl.int8,
+        )
+        logit = (_products(keys, query) + half_sum[None, :]) * (scale[None, :] * key_scale[:, None])
+        if SIGNS_OFFSET > 0:
+            norm = tl.load(scales + 2, mask=stored, other=0.0).to(tl.float32)
+            signs = load_bits(
+                (page + SIGNS_OFFSET + in_page * (HEAD_DIM // 8))[:, None],
+                tl.arange(0, WIDTH)[None, :],
+                tl.arange(0, WIDTH)[None, :] < HEAD_DIM,
+                1,
+            )
+            residual = _products((1 - 2 * signs).to(tl.int8), projected)
+            logit += residual * (norm_scale[None, :] * norm[:, None])
+        if soft_cap is not None:
+            logit = _soft_cap(logit, soft_cap)
+        seen = key_position[:, None] <= position[None, :]
+        if window > 0:
+            seen &= key_position[:, None] > position[None, :] - window
+        logit = tl.where(seen, logit, float("-inf"))
+
+        new_maximum = tl.maximum(maximum, tl.max(logit, axis=0))
+        decay = tl.exp2(maximum - new_maximum)
+        weight = tl.exp2(logit - new_maximum[None, :])
+        total = total * decay + tl.sum(weight, axis=0)
+        maximum = new_maximum
+        weight = weight * value_scale[:, None]
+        high = weight.to(WEIGHT)
+        low = (weight - high.to(tl.float32)).to(WEIGHT)
+        weights = tl.reshape(tl.join(high, low), (TILE, 2 * ROWS))
+
+        values = load_levels(
+            (page + VALUE_OFFSET)[:, None],
+            in_page[:, None],
+            value_tables,
+            value_words,
+            VALUE_BITS,
+            HEAD_DIM,
+            WIDTH,
+            1,
+            VALUE_PTX,
+            PAGE_TOKENS,
+            WEIGHT,
+        )
+        both = tl.dot(tl.trans(values), weights, out_dtype=tl.float32)
+        of_high, of_low = tl.split(tl.reshape(both, (WIDTH, ROWS, 2)))
+        result = result * decay[None, :] + (of_high + of_low)
+
+    place = ((item.to(tl.int64) * KV_HEADS + kv_head) * tl.num_programs(2) + row_group) * ROWS + tl.arange(
+        0, ROWS
+    )
+    tl.store(stats + 2 * place, maximum)
+    tl.store(stats + 2 * place + 1, total)
+    value_coordinate = coordinate(column, VALUE_BITS, VALUE_PTX, 1, WIDTH)
+    tl.store(
+        partial + place[None, :] * HEAD_DIM + value_coordinate[:, None],
+        result,
+        mask=(value_coordinate < HEAD_DIM)[:, None],
+    )

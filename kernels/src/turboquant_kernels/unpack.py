@@ -1,0 +1,421 @@
+"""Codes of a page to levels, in Triton: what the portable decode kernel and prefill's expansion have in common.
+
+A tile is some tokens (rows) by a head dimension padded to a power of two (columns). `load_levels` gives the int8
+c of each level `step * (c + 1/2)` (`turboquant_kernels.codebook`) or the level in steps, c + 1/2, in bf16, which
+holds every one of them exactly. There are two ways to the same tile:
+
+- PTX (`levels_ptx`): a register of four bytes of codes becomes four levels of each coordinate it holds, by byte
+  permutation used as a look-up in a table of eight bytes. Coordinates of a byte go to different outputs, and
+  outputs are laid beside each other, so that nothing is shuffled: columns are then not in the order of
+  coordinates. `coordinate` says which one a column holds; queries are read and results are written by it.
+- Plain Triton, where that PTX does not reach: a table in memory, one byte load per code and plane. This is what
+  Triton's interpreter runs.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+from turboquant_kernels.codebook import codebook
+
+_SIGNS = "0xba98"
+"""prmt selector: the top bit of each byte, eight times."""
+_EVEN, _ODD = "0x6420", "0x7531"
+"""prmt selectors: even or odd bytes of two registers."""
+_EVEN_HALVES, _ODD_HALVES = "0x6240", "0x7351"
+"""prmt selectors: bytes 0, 2 or 1, 3 of the first register as low bytes, of the second as high bytes."""
+_NIBBLE_SIGNS = "0x80808080"
+
+
+@cache
+def level_tables(bits: int, head_dim: int, device: torch.device) -> torch.Tensor:
+    """Look-up tables on a device, int8: the c of each code, then, where `levels_ptx` looks bf16 levels up, the low
+    and the high bytes of the first eight codes' c + 1/2."""
+    grid = codebook(bits, head_dim).grid
+    halves = (grid[:8].float() + 0.5).bfloat16().view(torch.int8).unflatten(0, (-1, 2)).T
+    return torch.cat([grid, *(torch.nn.functional.pad(half, (0, 8 - len(half))) for half in halves)]).to(
+        device
+    )
+
+
+def levels_ptx(bits: int, head_dim: int, *, bf16: bool) -> str:
+    """PTX for `load_levels`, an empty string where it has none: then it takes the plain way.
+
+    Inputs are registers of four bytes of codes, outputs registers of four int8 or pairs of bf16. 5 and 6 bits
+    (keys) need whole groups of 32 coordinates.
+    """
+    if bits == 8:
+        return _eight_bits() if bf16 else ""
+    if bits in (5, 6):
+        return "" if bf16 or head_dim % 32 else _planes_of_words(bits, head_dim)
+    magnitudes = codebook(bits, head_dim).magnitudes.tolist()
+    if bits == 4:
+        return _four_bits_bf16(magnitudes) if bf16 else _four_bits(magnitudes)
+    return _small(bits, codebook(bits, head_dim).grid.tolist(), bf16=bf16)
+
+
+def _upper(entries: Sequence[int]) -> str:
+    """Entries 4 to 7 of a table of eight bytes, the second operand of prmt. The first comes in a register, from
+    `table_words`: an instruction takes one constant, and a register made anew each time is an instruction."""
+    return "0x" + "".join(f"{entry & 255:02x}" for entry in reversed([*entries[4:8], *[0] * 4][:4]))
+
+
+def _upper_bf16(grid: Sequence[int]) -> tuple[str, str]:
+    """`_upper` of the tables of the low and the high bytes of bf16(c + 1/2)."""
+    halves = (torch.tensor(grid) + 0.5).bfloat16().view(torch.int16).tolist()
+    return _upper([half & 255 for half in halves]), _upper([half >> 8 & 255 for half in halves])
+
+
+def _block(registers: str, *lines: str) -> str:
+    return "\n".join(["{", f".reg .b32 {registers};", *lines, "}"])
+
+
+def _four_bits(magnitudes: Sequence[int]) -> str:
+    """$2 -> $0, $1: int8 of the low and the high nibbles. Three bits of magnitude below the sign."""
+    low, high = "$3", _upper(magnitudes)
+    return _block(
+        "t, x, y, m",
+        "and.b32 t, $2, 0x77777777;",
+        f"prmt.b32 x, {low}, {high}, t;",
+        "shr.u32 t, t, 16;",
+        f"prmt.b32 y, {low}, {high}, t;",
+        f"prmt.b32 m, $2, $2, {_SIGNS};",
+        f"prmt.b32 t, x, y, {_ODD};",
+        "xor.b32 $1, t, m;",
+        "shl.b32 t, $2, 4;",
+        f"prmt.b32 m, t, t, {_SIGNS};",
+        f"prmt.b32 t, x, y, {_EVEN};",
+        "xor.b32 $0, t, m;",
+    )
+
+
+def _four_bits_bf16(magnitudes: Sequence[int]) -> str:
+    """$4 -> $0, $1 and $2, $3: bf16 of the low and the high nibbles."""
+    low0, high0 = "$5", "$9"
+    low1, high1 = _upper_bf16(magnitudes)
+    return _block(
+        "t, u, s, lx, ly, hx, hy, l, h",
+        "and.b32 t, $4, 0x77777777;",
+        "shr.u32 u, t, 16;",
+        f"prmt.b32 lx, {low0}, {low1}, t;",
+        f"prmt.b32 ly, {low0}, {low1}, u;",
+        f"prmt.b32 hx, {high0}, {high1}, t;",
+        f"prmt.b32 hy, {high0}, {high1}, u;",
+        f"prmt.b32 l, lx, ly, {_ODD};",
+        f"prmt.b32 h, hx, hy, {_ODD};",
+        "and.b32 s, $4, 0x80808080;",
+        "xor.b32 h, h, s;",
+        "prmt.b32 $2, l, h, 0x5140;",
+        "prmt.b32 $3, l, h, 0x7362;",
+        f"prmt.b32 l, lx, ly, {_EVEN};",
+        f"prmt.b32 h, hx, hy, {_EVEN};",
+        "shl.b32 s, $4, 4;",
+        "and.b32 s, s, 0x80808080;",
+        "xor.b32 h, h, s;",
+        "prmt.b32 $0, l, h, 0x5140;",
+        "prmt.b32 $1, l, h, 0x7362;",
+    )
+
+
+def _small(bits: int, grid: Sequence[int], *, bf16: bool) -> str:
+    """2 bits: one input, four outputs, coordinates 0..3 of a byte. 3 bits: two inputs of the first plane and the
+    signs', eight outputs (word x, nibble k, coordinate s). The table has all levels, by code."""
+    words, inputs = (2, 3) if bits == 3 else (1, 1)
+    width = 2 if bf16 else 1
+    outputs = 4 * words * width
+    upper = _upper_bf16(grid) if bf16 else (_upper(grid),)
+    tables = [(f"${outputs + inputs + 4 * i}", table) for i, table in enumerate(upper)]
+    lines = []
+    for x in range(words):
+        for s in range(2):
+            lines.append(f"shr.u32 a, ${outputs + x}, {2 * s};")
+            lines.append("and.b32 a, a, 0x33333333;")
+            if bits == 3:
+                shift = 2 - 2 * x - s
+                direction = "shl.b32" if shift >= 0 else "shr.u32"
+                lines.append(f"{direction} b, ${outputs + 2}, {abs(shift)};")
+                lines += ["and.b32 b, b, 0x44444444;", "or.b32 a, a, b;"]
+            lines.append("shr.u32 b, a, 16;")
+            for name, (first, second) in zip("lh", tables, strict=False):
+                lines.append(f"prmt.b32 {name}x, {first}, {second}, a;")
+                lines.append(f"prmt.b32 {name}y, {first}, {second}, b;")
+            for k in range(2):
+                output = width * (4 * x + 2 * k + s)
+                if bf16:
+                    selector = (_EVEN_HALVES, _ODD_HALVES)[k]
+                    lines.append(f"prmt.b32 ${output}, lx, hx, {selector};")
+                    lines.append(f"prmt.b32 ${output + 1}, ly, hy, {selector};")
+                else:
+                    lines.append(f"prmt.b32 ${output}, lx, ly, {(_EVEN, _ODD)[k]};")
+    return _block("a, b, lx, ly, hx, hy", *lines)
+
+
+def _planes_of_words(bits: int, head_dim: int) -> str:
+    """5 bits: $8..$11 nibbles of 32 coordinates, $12 signs -> $0..$7, coordinates 4 * rho .. 4 * rho + 3 each.
+    6 bits: $12 is the fifth bit of the magnitudes, $13 the signs.
+
+    prmt repeats the top bit of a table's byte, here zero, where a selector's nibble is 8 or more; so of two
+    look-ups, the second by the selector with those bits flipped, the one that does not apply gives zeros.
+    """
+    magnitudes = codebook(bits, head_dim).magnitudes.tolist()
+    tables = [
+        (f"${8 + bits + at // 2}", _upper(magnitudes[at : at + 8])) for at in range(0, len(magnitudes), 8)
+    ]
+    signs = f"${7 + bits}"
+    lines = []
+    for word in range(4):
+        for half in range(2):
+            rho = 2 * word + half
+            lines.append(f"shr.u32 a, ${8 + word}, {16 * half};")
+            lines.append("xor.b32 b, a, 0x88888888;")
+            for name, pair in zip(("x", "y"), (tables[0:2], tables[2:4]), strict=True):
+                if pair:
+                    lines.append(f"prmt.b32 {name}, {pair[0][0]}, {pair[0][1]}, a;")
+                    lines.append(f"prmt.b32 c, {pair[1][0]}, {pair[1][1]}, b;")
+                    lines.append(f"or.b32 {name}, {name}, c;")
+            if bits == 6:
+                lines.append(f"shl.b32 c, $12, {7 - rho};")
+                lines.append(f"prmt.b32 c, c, c, {_SIGNS};")
+                lines.append("lop3.b32 x, c, y, x, 0xca;")
+            lines.append(f"shl.b32 c, {signs}, {7 - rho};")
+            lines.append(f"prmt.b32 c, c, c, {_SIGNS};")
+            lines.append(f"xor.b32 ${rho}, x, c;")
+    return _block("a, b, c, x, y", *lines)
+
+
+def _eight_bits() -> str:
+    """$2 -> $0, $1: four int8 c to bf16 c + 1/2. With 7 bits of magnitude in its mantissa 0x43.. is 128 + c."""
+    lines = [f"prmt.b32 m, $2, $2, {_SIGNS};", "xor.b32 m, m, $2;"]
+    for output, (magnitude, sign) in enumerate((("0x4140", "0x1404"), ("0x4342", "0x3424"))):
+        lines += [
+            f"prmt.b32 x, m, 0x43434343, {magnitude};",
+            "fma.rn.bf16x2 x, x, one, offset;",
+            f"prmt.b32 s, $2, 0, {sign};",
+            "and.b32 s, s, 0x80008000;",
+            f"xor.b32 ${output}, x, s;",
+        ]
+    return _block("m, x, s, one, offset", "mov.b32 one, 0x3f803f80;", "mov.b32 offset, 0xc2ffc2ff;", *lines)
+
+
+@triton.jit
+def _beside(a, b):
+    """[T, N], [T, N] -> [T, 2 * N]."""
+    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * a.shape[1]))
+
+
+@triton.jit
+def _beside4(a, b, c, d):
+    return _beside(_beside(a, b), _beside(c, d))
+
+
+@triton.jit
+def _two_outputs(PTX: tl.constexpr, READ: tl.constexpr, operands, OUT: tl.constexpr):
+    if OUT == tl.int8:
+        a, b = tl.inline_asm_elementwise(
+            PTX, "=&r," * 2 + READ, operands, dtype=(tl.int8,) * 2, is_pure=True, pack=4
+        )
+    else:
+        a, b = tl.inline_asm_elementwise(
+            PTX, "=&r," * 4 + READ, operands, dtype=(tl.bfloat16,) * 2, is_pure=False, pack=4
+        )
+    return _beside(a, b)
+
+
+@triton.jit
+def _four_outputs(PTX: tl.constexpr, READ: tl.constexpr, operands, OUT: tl.constexpr):
+    if OUT == tl.int8:
+        a, b, c, d = tl.inline_asm_elementwise(
+            PTX, "=&r," * 4 + READ, operands, dtype=(tl.int8,) * 4, is_pure=True, pack=4
+        )
+    else:
+        a, b, c, d = tl.inline_asm_elementwise(
+            PTX, "=&r," * 8 + READ, operands, dtype=(tl.bfloat16,) * 4, is_pure=False, pack=4
+        )
+    return _beside4(a, b, c, d)
+
+
+@triton.jit
+def _eight_outputs(PTX: tl.constexpr, READ: tl.constexpr, operands, OUT: tl.constexpr):
+    if OUT == tl.int8:
+        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+            PTX, "=&r," * 8 + READ, operands, dtype=(tl.int8,) * 8, is_pure=True, pack=4
+        )
+    else:
+        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+            PTX, "=&r," * 16 + READ, operands, dtype=(tl.bfloat16,) * 8, is_pure=False, pack=4
+        )
+    return _beside(_beside4(a, b, c, d), _beside4(e, f, g, h))
+
+
+@triton.jit
+def table_words(tables, BITS: tl.constexpr, PTX: tl.constexpr, OUT: tl.constexpr):
+    """What `load_levels` looks up in registers: four int32, of which it takes what it needs. Load them once."""
+    words = tables.to(tl.pointer_type(tl.int32), bitcast=True)
+    if PTX == "":
+        return 0, 0, 0, 0
+    elif OUT == tl.int8:
+        first = tl.load(words)
+        if BITS == 5:
+            return first, tl.load(words + 2), 0, 0
+        elif BITS == 6:
+            return first, tl.load(words + 2), tl.load(words + 4), tl.load(words + 6)
+        else:
+            return first, 0, 0, 0
+    else:
+        bytes_of_levels = words + (1 << BITS) // 4
+        return tl.load(bytes_of_levels), tl.load(bytes_of_levels + 2), 0, 0
+
+
+@triton.jit
+def coordinate(column, BITS: tl.constexpr, PTX: tl.constexpr, READ: tl.constexpr, WIDTH: tl.constexpr):
+    """The coordinate that stands in a column of `load_levels`'s tile; head_dim or more for padding.
+
+    READ: `packing.CodeOrder.read_bytes`. WIDTH: columns, a power of two.
+    """
+    if PTX == "" or BITS == 8:
+        return column
+    if BITS == 4:
+        return column % (WIDTH // 2) * 2 + column // (WIDTH // 2)
+    if BITS == 2:
+        return column % (WIDTH // 4) * 4 + column // (WIDTH // 4)
+    byte, output = column % (WIDTH // 8), column // (WIDTH // 8)
+    if BITS == 3:
+        return byte // READ * (8 * READ) + byte % READ * 4 + output // 4 * (4 * READ) + output % 4
+    return byte // 4 * 32 + output * 4 + byte % 4
+
+
+@triton.jit
+def _bit_position(coord, BITS: tl.constexpr, HEAD_DIM: tl.constexpr, READ: tl.constexpr):
+    """Where in a row of one of the 1-bit planes of 3, 5 or 6 bits a coordinate stands."""
+    if BITS == 3:
+        within = coord % (8 * READ)
+        return coord - within + within % (4 * READ) // 2 * 4 + within // (4 * READ) * 2 + within % 2
+    group = coord // 32 * 32
+    stride = tl.where(group + 32 <= HEAD_DIM, 8, 4)
+    return group + coord % 4 * stride + (coord - group) // 4
+
+
+@triton.jit
+def load_bits(plane, position, seen, BITS: tl.constexpr):
+    """Fields of BITS bits of rows: plane pointers [T, 1], position (in fields) and seen [1, N] -> int32 [T, N]."""
+    bit = position * BITS
+    byte = tl.load(plane + bit // 8, mask=seen, other=0).to(tl.int32)
+    return (byte >> (bit % 8)) & ((1 << BITS) - 1)
+
+
+@triton.jit
+def _load_codes(
+    page,
+    row,
+    seen,
+    coord,
+    BITS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    READ: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+):
+    """Codes of coordinates [1, N] as int32 [T, N]: the plain way."""
+    FIRST: tl.constexpr = 4 if BITS == 5 or BITS == 6 else (2 if BITS == 3 else BITS)
+    codes = load_bits(page + row * (HEAD_DIM * FIRST // 8), coord, seen, FIRST)
+    if BITS > FIRST:
+        position = _bit_position(coord, BITS, HEAD_DIM, READ)
+        for plane in tl.static_range(FIRST, BITS):
+            bits = load_bits(
+                page + PAGE_TOKENS * HEAD_DIM * plane // 8 + row * (HEAD_DIM // 8), position, seen, 1
+            )
+            codes |= bits << plane
+    return codes
+
+
+@triton.jit
+def load_levels(
+    page,
+    row,
+    tables,
+    words,
+    BITS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    READ: tl.constexpr,
+    PTX: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+    OUT: tl.constexpr,
+):
+    """The levels of some tokens: [T, WIDTH], columns as `coordinate` says, padding with any finite number.
+
+    page: pointers [T, 1] to the first byte of the codes' planes in the token's page. row: int [T, 1], the token's
+    place in its page. tables: pointer to `level_tables`; words: `table_words` of them. OUT: tl.int8 gives c,
+    another type c + 1/2.
+    """
+    if PTX == "" and not (BITS == 8 and OUT == tl.int8):
+        coord = tl.arange(0, WIDTH)[None, :]
+        codes = _load_codes(page, row, coord < HEAD_DIM, coord, BITS, HEAD_DIM, READ, PAGE_TOKENS)
+        grid = tl.load(tables + codes)
+        if OUT == tl.int8:
+            return grid
+        return (grid.to(tl.float32) + 0.5).to(OUT)
+    if BITS == 2 or BITS == 4 or BITS == 8:
+        ROW: tl.constexpr = HEAD_DIM * BITS // 8
+        byte = tl.arange(0, WIDTH * BITS // 8)[None, :]
+        codes = tl.load(page + row * ROW + byte, mask=byte < ROW, other=0)
+        if BITS == 8:
+            if OUT == tl.int8:
+                return codes.to(tl.int8, bitcast=True)
+            else:
+                return tl.inline_asm_elementwise(
+                    PTX, "=&r,=&r,r", [codes], dtype=tl.bfloat16, is_pure=False, pack=4
+                )
+        elif BITS == 4:
+            if OUT == tl.int8:
+                return _two_outputs(PTX, "r,r,r,r,r", (codes, words[0]), OUT)
+            else:
+                return _two_outputs(PTX, "r,r,r,r,r,r,r,r,r", (codes, words[0], words[1]), OUT)
+        else:
+            if OUT == tl.int8:
+                return _four_outputs(PTX, "r,r,r,r,r", (codes, words[0]), OUT)
+            else:
+                return _four_outputs(PTX, "r,r,r,r,r,r,r,r,r", (codes, words[0], words[1]), OUT)
+    else:
+        # Words of four bytes for each thread: had each a whole row, Triton would take the tile for a transposed one
+        # and move it through shared memory byte by byte.
+        sign = tl.max_contiguous(tl.arange(0, WIDTH // 8), 4)[None, :]
+        SIGN_ROW: tl.constexpr = HEAD_DIM // 8
+        seen = sign < SIGN_ROW
+        if BITS == 3:
+            ROW3: tl.constexpr = HEAD_DIM // 4
+            signs = tl.load(page + PAGE_TOKENS * ROW3 + row * SIGN_ROW + sign, mask=seen, other=0)
+            if READ == 1:
+                byte3 = tl.arange(0, WIDTH // 4)[None, :]
+                both = tl.load(page + row * ROW3 + byte3, mask=byte3 < ROW3, other=0)
+                first, second = tl.split(tl.reshape(both, (both.shape[0], WIDTH // 8, 2)))
+            else:
+                word3 = page + row * ROW3 + (sign // READ * (2 * READ) + sign % READ)
+                first = tl.load(word3, mask=seen, other=0)
+                second = tl.load(word3 + READ, mask=seen, other=0)
+            if OUT == tl.int8:
+                return _eight_outputs(PTX, "r,r,r" + ",r" * 4, (first, second, signs, words[0]), OUT)
+            else:
+                return _eight_outputs(
+                    PTX, "r,r,r" + ",r" * 8, (first, second, signs, words[0], words[1]), OUT
+                )
+        else:
+            # Not byte by byte: the assembly relies on a register holding the four bytes of a word, so each thread
+            # must load whole words.
+            word = page + row * (HEAD_DIM // 2) + (sign // 4 * 16 + sign % 4)
+            w0 = tl.load(word, mask=seen, other=0)
+            w1 = tl.load(word + 4, mask=seen, other=0)
+            w2 = tl.load(word + 8, mask=seen, other=0)
+            w3 = tl.load(word + 12, mask=seen, other=0)
+            plane = page + PAGE_TOKENS * (HEAD_DIM // 2) + row * SIGN_ROW + sign
+            p0 = tl.load(plane, mask=seen, other=0)
+            if BITS == 5:
+                return _eight_outputs(
+                    PTX, "r,r,r,r,r" + ",r" * 8, (w0, w1, w2, w3, p0, words[0], words[1]), OUT
+                )
+            else:
+                p1 = tl.load(plane + PAGE_TOKENS * SIGN_ROW, mask=seen, other=0)
+                operands = (w0, w1, w2, w3, p0, p1, words[0], words[1], words[2], words[3])
+                return _eight_outputs(PTX, "r,r,r,r,r,r" + ",r" * 16, operands, OUT)
