@@ -1,0 +1,400 @@
+"""The store as one Triton launch: rotate, quantize, pack and write the keys and values of new tokens.
+
+The same bytes as `store.reference` up to float32 rounding, with everything between load and store in
+registers. A program takes a tile of consecutive tokens of one KV head, their keys or their values:
+consecutive tokens mostly stand next to each other in a page, where their short rows fill whole sectors.
+"""
+
+from collections.abc import Iterator
+from functools import cache
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from turboquant_kernels.aot import AotVariant
+from turboquant_kernels.codebook import MAX_BITS, codebook
+from turboquant_kernels.codec import MAX_SCALE, Codec
+from turboquant_kernels.formats import (
+    ANCHOR_TOKENS,
+    COMPRESSED_FORMATS,
+    HEAD_DIMS,
+    PAGE_TOKENS,
+    SCALE_BYTES,
+    Encoding,
+    KVFormat,
+)
+from turboquant_kernels.packing import (
+    KEY_RESIDUAL_NORM,
+    KEY_SCALE,
+    VALUE_SCALE,
+    CodeOrder,
+    Region,
+    key_order,
+    page_layout,
+    pages_of,
+    value_order,
+)
+from turboquant_kernels.rotation import projection_matrix
+from turboquant_kernels.rotation_kernel import (
+    device_signs,
+    factors,
+    hadamard_product,
+    load_signs,
+    load_vectors,
+    take_out_exponent,
+    tile_rows,
+)
+
+_NUM_WARPS = 4
+
+# What the kernel's functions take from other modules.
+_MAX_BITS = tl.constexpr(MAX_BITS)
+_MAX_SCALE = tl.constexpr(MAX_SCALE)
+_TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+_PAGE_TOKENS = tl.constexpr(PAGE_TOKENS)
+_ANCHOR_TOKENS = tl.constexpr(ANCHOR_TOKENS)
+_KEY_SCALE = tl.constexpr(KEY_SCALE)
+_VALUE_SCALE = tl.constexpr(VALUE_SCALE)
+_KEY_RESIDUAL_NORM = tl.constexpr(KEY_RESIDUAL_NORM)
+
+
+def store(
+    codec: Codec,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    """Writes the keys and values of new tokens into their slots of `kv_cache`, as `store.reference.store`.
+
+    key, value: bf16, fp16 or fp32 [num_tokens, kv_heads, D], any strides of tokens and heads. kv_cache: uint8
+    [num_blocks, block_size, kv_heads, slot_bytes], see `packing.pages_of`. slot_mapping: int32 or int64 [n].
+    With anchors each key is stored less the anchor that the cache holds for its head and 128-token block.
+
+    One launch whose grid follows from shapes, without synchronisation: it can be captured in a CUDA graph.
+    Raises ValueError where coordinates are not adjacent or slots do not fit 32 bits.
+    """
+    if key.stride(-1) != 1 or value.stride(-1) != 1:
+        raise ValueError("the coordinates of a key or value are not adjacent in memory")
+    pages_of(kv_cache, codec.layout)  # checks the cache
+    num_blocks, block_size, kv_heads, _ = kv_cache.shape
+    if num_blocks * block_size >= 1 << 31:
+        raise ValueError(f"slots of {num_blocks} blocks of {block_size} tokens do not fit 32 bits")
+    num_tokens = slot_mapping.shape[0]
+    if not num_tokens:
+        return
+    constexprs = _specialization(codec.fmt, codec.head_dim)
+    prod = codec.fmt.encoding is Encoding.PROD
+    grid = (triton.cdiv(num_tokens, constexprs["ROWS"]), kv_heads, 2)
+    _store_kernel[grid](
+        key,
+        value,
+        kv_cache,
+        slot_mapping,
+        device_signs(codec.head_dim, codec.seed, key.device),
+        _device_projection(codec.head_dim, codec.seed, key.device) if prod else None,
+        num_tokens,
+        kv_heads,
+        block_size,
+        kv_cache.stride(0),
+        key.stride(0),
+        key.stride(1),
+        value.stride(0),
+        value.stride(1),
+        **constexprs,
+        num_warps=_NUM_WARPS,
+    )
+
+
+def variants() -> Iterator[AotVariant]:
+    """Every specialization that ships: all formats and head dimensions, bf16 keys and values."""
+    pointers = {"key": "*bf16", "value": "*bf16", "cache": "*u8", "slots": "*i64", "signs": "*fp32"}
+    strides = ["block_stride"] + [
+        f"{what}_{of}_stride" for what in ("key", "value") for of in ("token", "head")
+    ]
+    integers = dict.fromkeys(["num_tokens", "kv_heads", "block_size", *strides], "i32")
+    for fmt in COMPRESSED_FORMATS:
+        for head_dim in HEAD_DIMS:
+            prod = fmt.encoding is Encoding.PROD
+            yield AotVariant(
+                name=f"store-{fmt.name.removeprefix('tq-')}-d{head_dim}",
+                kernel=_store_kernel,
+                signature={**pointers, **({"projection": "*fp32"} if prod else {}), **integers},
+                constexprs=_specialization(fmt, head_dim) | ({} if prod else {"projection": None}),
+                num_warps=_NUM_WARPS,
+                divisible=("block_size", *strides),
+            )
+
+
+class _Codes(NamedTuple):
+    """How codes are made and where they go, as a kernel parameter."""
+
+    bits: int
+    half_step: float
+    """Half the distance of the codebook's grid points: coordinates in half steps have whole boundaries."""
+    levels: tuple[int, ...]
+    """Positive levels in half steps, 2 c + 1, ascending."""
+    planes: tuple[tuple[int, int, int], ...]
+    """(offset in the page, width, first bit of the code) of each bit plane."""
+    read_bytes: int
+    """`CodeOrder.read_bytes`: the order of the high bits."""
+
+
+@cache
+def _specialization(fmt: KVFormat, head_dim: int) -> dict[str, Any]:
+    """The kernel's constexprs for a format: what is compiled ahead is what runs."""
+    layout = page_layout(fmt, head_dim)
+    hadamard_factors = factors(head_dim)
+    signs = layout.key_residual_signs
+    # The residual's projection is a matrix product, of 16 rows at least.
+    rows = max(tile_rows(head_dim, _NUM_WARPS), 16 if signs else 1)
+    return {
+        "HEAD_DIM": head_dim,
+        "INNER": hadamard_factors.inner,
+        "NEGATIVE": hadamard_factors.negative,
+        "ROWS": rows,
+        "KEY_CODES": _codes(layout.key_planes, key_order(fmt, head_dim)),
+        "VALUE_CODES": _codes(layout.value_planes, value_order(fmt, head_dim)),
+        "RESIDUAL_SIGNS": signs.offset if signs else None,
+        "SCALES": layout.scales.offset,
+        "SCALES_PER_TOKEN": fmt.scale_bytes // SCALE_BYTES,
+        "SLOT_BYTES": fmt.slot_bytes(head_dim),
+        "ANCHOR": fmt.anchor,
+    }
+
+
+def _codes(regions: tuple[Region, ...], order: CodeOrder) -> _Codes:
+    book = codebook(order.bits, order.head_dim)
+    offsets = [region.offset for region in regions]
+    first_bits = accumulate(order.widths[:-1], initial=0)
+    return _Codes(
+        bits=order.bits,
+        half_step=book.step / 2,
+        levels=tuple(2 * c + 1 for c in book.magnitudes.tolist()),
+        planes=tuple(zip(offsets, order.widths, first_bits, strict=True)),
+        read_bytes=order.read_bytes,
+    )
+
+
+@cache
+def _device_projection(head_dim: int, seed: int, device: torch.device) -> torch.Tensor:
+    return projection_matrix(head_dim, seed).to(device)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "kv_heads"])
+def _store_kernel(
+    key,
+    value,
+    cache,  # uint8 [blocks, block_size / 16, kv_heads, page bytes], each block followed by its anchors
+    slots,
+    signs,
+    projection,  # float32 [D, D] for prod, else None
+    num_tokens,
+    kv_heads,
+    block_size,
+    block_stride,
+    key_token_stride,
+    key_head_stride,
+    value_token_stride,
+    value_head_stride,
+    HEAD_DIM: tl.constexpr,
+    INNER: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEY_CODES: tl.constexpr,  # _Codes
+    VALUE_CODES: tl.constexpr,
+    RESIDUAL_SIGNS: tl.constexpr,  # offset in the page for prod, else None
+    SCALES: tl.constexpr,  # offset in the page
+    SCALES_PER_TOKEN: tl.constexpr,
+    SLOT_BYTES: tl.constexpr,
+    ANCHOR: tl.constexpr,
+):
+    """Grid: (tiles of ROWS tokens, KV heads, keys and values)."""
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    head = tl.program_id(1)
+    valid = token < num_tokens
+    slot = tl.load(slots + token, mask=valid, other=-1).to(tl.int32)
+    if tl.program_id(2) == 0:
+        vectors = key + token.to(tl.int64) * key_token_stride + head.to(tl.int64) * key_head_stride
+        tile = load_vectors(vectors, valid, HEAD_DIM, INNER)
+        if ANCHOR:
+            block, offset = _block(cache, slot, block_size, block_stride)
+            anchors = (block + block_size * kv_heads * SLOT_BYTES).to(tl.pointer_type(tl.bfloat16))
+            anchors += ((offset // _ANCHOR_TOKENS).to(tl.int32) * kv_heads + head) * HEAD_DIM
+            tile -= load_vectors(anchors, slot >= 0, HEAD_DIM, INNER)
+        t, rms, factor = _rotate(tile, signs, HEAD_DIM, INNER, NEGATIVE, KEY_CODES)
+        rank, level = _quantize(t, KEY_CODES)
+        # Only now: until here nothing waits for the slots. Rows of padding are computed too, and not written.
+        block, offset = _block(cache, slot, block_size, block_stride)
+        page, row = _page(block, offset, head, kv_heads, SLOT_BYTES)
+        _store_codes(page, row, slot >= 0, t, rank, HEAD_DIM, KEY_CODES)
+        scales = (page + SCALES).to(tl.pointer_type(tl.float16)) + row * SCALES_PER_TOKEN
+        if RESIDUAL_SIGNS is None:
+            scale = _half(_unbiased_scale(t, level, rms, HEAD_DIM, KEY_CODES) * factor)
+            tl.store(scales + _KEY_SCALE, scale, mask=slot >= 0)
+        else:
+            scale, residual = _least_squares(t, level, rms * factor, HEAD_DIM)
+            norm = tl.sqrt(tl.sum(residual * residual, axis=1)) * KEY_CODES.half_step * (rms * factor)
+            tl.store(scales + _KEY_SCALE, scale, mask=slot >= 0)
+            tl.store(scales + _KEY_RESIDUAL_NORM, _half(norm), mask=slot >= 0)
+            _store_projected_signs(page + RESIDUAL_SIGNS, row, slot >= 0, residual, projection, HEAD_DIM)
+    else:
+        vectors = value + token.to(tl.int64) * value_token_stride + head.to(tl.int64) * value_head_stride
+        tile = load_vectors(vectors, valid, HEAD_DIM, INNER)
+        t, rms, factor = _rotate(tile, signs, HEAD_DIM, INNER, NEGATIVE, VALUE_CODES)
+        rank, level = _quantize(t, VALUE_CODES)
+        block, offset = _block(cache, slot, block_size, block_stride)
+        page, row = _page(block, offset, head, kv_heads, SLOT_BYTES)
+        _store_codes(page, row, slot >= 0, t, rank, HEAD_DIM, VALUE_CODES)
+        scales = (page + SCALES).to(tl.pointer_type(tl.float16)) + row * SCALES_PER_TOKEN
+        scale = _half(_unbiased_scale(t, level, rms, HEAD_DIM, VALUE_CODES) * factor)
+        tl.store(scales + _VALUE_SCALE, scale, mask=slot >= 0)
+
+
+@triton.jit
+def _block(cache, slot, block_size, block_stride):
+    """Pointers to the blocks of slots and the tokens' places in them, uint32; meaningless for slot -1."""
+    # Unsigned and 32 bits wide: a division of 64 bits would cost as much as the rotation.
+    slot = slot.to(tl.uint32, bitcast=True)
+    size = block_size.to(tl.uint32)
+    index = slot // size
+    return cache + index.to(tl.int64) * block_stride, slot - index * size
+
+
+@triton.jit
+def _page(block, offset, head, kv_heads, SLOT_BYTES: tl.constexpr):
+    """Pointers to the pages of tokens and their rows in them, int32."""
+    page = (offset // _PAGE_TOKENS).to(tl.int32) * kv_heads + head
+    return block + page * (_PAGE_TOKENS * SLOT_BYTES), (offset % _PAGE_TOKENS).to(tl.int32)
+
+
+@triton.jit
+def _rotate(
+    tile, signs, HEAD_DIM: tl.constexpr, INNER: tl.constexpr, NEGATIVE: tl.constexpr, CODES: tl.constexpr
+):
+    """Vectors -> coordinates in half steps, [ROWS, n], and the RMS of the vectors as two factors, [ROWS]."""
+    signs_tile = load_signs(signs, tile.shape[0], HEAD_DIM, INNER)
+    tile, factor, _ = take_out_exponent(tile)
+    rotated = hadamard_product(tile * signs_tile, HEAD_DIM, INNER, NEGATIVE)
+    t, rms = _normalize(rotated, HEAD_DIM, CODES)
+    return t, rms, factor
+
+
+@triton.jit
+def _normalize(rotated, HEAD_DIM: tl.constexpr, CODES: tl.constexpr):
+    """H x -> coordinates of RMS 1, in half steps of the codebook's grid, and the RMS of H x / sqrt(D)."""
+    norm = tl.sqrt(tl.sum(rotated * rotated, axis=1))
+    # A vector is zero or, since its largest coordinate was made at least 2, far longer than 1.
+    factor = (HEAD_DIM**0.5 / CODES.half_step) / tl.maximum(norm, 1.0)
+    return rotated * factor[:, None], norm * (1 / HEAD_DIM)
+
+
+@triton.jit
+def _quantize(t, CODES: tl.constexpr):
+    """The rank of the level nearest to |t| among the positive ones, int32, and the level, float32.
+
+    Both t and levels in half steps, where levels are odd numbers and the boundaries between them whole ones.
+    """
+    size = tl.abs(t)
+    if CODES.bits == _MAX_BITS:
+        # Each grid point is a level.
+        rank = tl.minimum(tl.maximum(tl.ceil(size * 0.5) - 1, 0), 127).to(tl.int32)
+        return rank, (2 * rank + 1).to(tl.float32)
+    # The rank is the number of boundaries below; the level is summed in the same step, 256 to a half step.
+    both = tl.full(t.shape, CODES.levels[0] << 8, tl.int32)
+    for i in tl.static_range(1, len(CODES.levels)):
+        boundary = (CODES.levels[i - 1] + CODES.levels[i]) // 2
+        both += tl.where(size > boundary, (CODES.levels[i] - CODES.levels[i - 1] << 8) + 1, 0)
+    return both & 0xFF, (both >> 8).to(tl.float32)
+
+
+@triton.jit
+def _unbiased_scale(t, level, rms, HEAD_DIM: tl.constexpr, CODES: tl.constexpr):
+    """rms / mean(unit * level): <y, scale * levels> = |y|**2."""
+    overlap = tl.sum(tl.abs(t) * level, axis=1) * (CODES.half_step * CODES.half_step / HEAD_DIM)
+    return rms / tl.maximum(overlap, _TINY)
+
+
+@triton.jit
+def _least_squares(t, level, rms, HEAD_DIM: tl.constexpr):
+    """The scale, fp16 [ROWS], that leaves the smallest residual, and the residual in half steps."""
+    # Padding has no level.
+    level = tl.where(tl.arange(0, t.shape[1])[None, :] < HEAD_DIM, level, 0.0)
+    scale = _half(rms * tl.sum(tl.abs(t) * level, axis=1) / tl.sum(level * level, axis=1))
+    used = tl.where(t < 0, -level, level) * (scale.to(tl.float32) / tl.maximum(rms, _TINY))[:, None]
+    return scale, t - used
+
+
+@triton.jit
+def _half(scale):
+    return tl.minimum(scale, _MAX_SCALE).to(tl.float16)
+
+
+@triton.jit
+def _store_codes(page, row, used, t, magnitude, HEAD_DIM: tl.constexpr, CODES: tl.constexpr):
+    """Packs codes into their planes and writes the rows of the tile's tokens."""
+    if CODES.bits == _MAX_BITS:
+        code = tl.where(t < 0, ~magnitude, magnitude) & 0xFF
+    else:
+        code = tl.where(t < 0, magnitude | (1 << (CODES.bits - 1)), magnitude)
+    coordinate = tl.arange(0, t.shape[1])
+    for i in tl.static_range(len(CODES.planes)):
+        part = (code >> CODES.planes[i][2]) & ((1 << CODES.planes[i][1]) - 1)
+        if i == 0:
+            place = coordinate * CODES.planes[i][1] % 32
+        else:
+            place = _high_bit_place(coordinate, HEAD_DIM, CODES)
+        words = _words(part, place, CODES.planes[i][1])
+        _store_words(page + CODES.planes[i][0], row, used, words, 0, HEAD_DIM * CODES.planes[i][1] // 8)
+
+
+@triton.jit
+def _high_bit_place(coordinate, HEAD_DIM: tl.constexpr, CODES: tl.constexpr):
+    """Where a coordinate's bit stands in its 32-bit word of a high plane: `packing.high_bit_order`."""
+    c = coordinate % 32
+    if CODES.bits == 3:
+        RUN: tl.constexpr = 4 * CODES.read_bytes  # P
+        return c // (2 * RUN) * (2 * RUN) + 4 * (c % RUN // 2) + 2 * (c // RUN % 2) + c % 2
+    # The last 16 coordinates of head_dim 80 are a group of their own.
+    spread = tl.where(coordinate < HEAD_DIM // 32 * 32, 8, 4)
+    return spread * (c % 4) + c // 4
+
+
+@triton.jit
+def _words(part, place, WIDTH: tl.constexpr):
+    """Numbers of WIDTH bits [ROWS, n], each shifted to its place, as words: int32 [ROWS, n * WIDTH / 32]."""
+    shifted = part << place[None, :]
+    return tl.sum(tl.reshape(shifted, [part.shape[0], part.shape[1] * WIDTH // 32, 32 // WIDTH]), axis=2)
+
+
+@triton.jit
+def _store_words(plane, row, used, words, FIRST: tl.constexpr, ROW_BYTES: tl.constexpr):
+    """Writes words [ROWS, n], from word FIRST on, of the tokens' rows of a plane."""
+    COUNT: tl.constexpr = words.shape[1]
+    used = used[:, None]
+    if ROW_BYTES % 4 == 0:
+        word = FIRST + tl.arange(0, COUNT)[None, :]
+        target = plane.to(tl.pointer_type(tl.int32))[:, None] + row[:, None] * (ROW_BYTES // 4) + word
+        tl.store(target, words, mask=used & (word < ROW_BYTES // 4))
+    else:
+        # 1-bit planes at head_dim 80 have rows of 10 bytes.
+        halves = tl.reshape(tl.join(words, words >> 16), [words.shape[0], 2 * COUNT]).to(tl.int16)
+        half = 2 * FIRST + tl.arange(0, 2 * COUNT)[None, :]
+        target = plane.to(tl.pointer_type(tl.int16))[:, None] + row[:, None] * (ROW_BYTES // 2) + half
+        tl.store(target, halves, mask=used & (half < ROW_BYTES // 2))
+
+
+@triton.jit
+def _store_projected_signs(plane, row, used, residual, projection, HEAD_DIM: tl.constexpr):
+    """Signs of the projected residual, 32 coordinates of the projection at a time."""
+    k = tl.arange(0, residual.shape[1])[:, None]
+    place = tl.arange(0, 32)
+    for first in tl.static_range(0, HEAD_DIM, 32):
+        i = first + place[None, :]
+        rows = tl.load(projection + i * HEAD_DIM + k, mask=(i < HEAD_DIM) & (k < HEAD_DIM), other=0.0)
+        projected = tl.dot(residual, rows, input_precision="ieee")
+        words = _words((projected < 0).to(tl.int32), place, 1)
+        _store_words(plane, row, used, words, first // 32, HEAD_DIM // 8)
