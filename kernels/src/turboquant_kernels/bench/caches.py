@@ -16,11 +16,11 @@ from turboquant_kernels.packing import VALUE_SCALE, anchors_of, pages_of
 
 @dataclass(frozen=True)
 class DecodeStep:
-    """One query token of each sequence, and the cache. Tensors are on one device."""
+    """Queries and cache of one attention layer, as `decode.launch` takes them. Tensors are on one device."""
 
     codec: Codec
     query: torch.Tensor
-    """bf16 [num_seqs, q_heads, D]."""
+    """bf16 [num_seqs * query_len, q_heads, D]."""
     kv_cache: torch.Tensor
     """uint8 [num_blocks, block_size, kv_heads, slot_bytes]."""
     block_table: torch.Tensor
@@ -28,6 +28,10 @@ class DecodeStep:
     seq_lens: torch.Tensor
     """int32 [num_seqs]."""
     scale: float
+    query_len: int = 1
+    window: int | None = None
+    soft_cap: float | None = None
+    sinks: torch.Tensor | None = None
 
 
 def random_step(
@@ -38,6 +42,7 @@ def random_step(
     device: torch.device,
     *,
     block_size: int = 16,
+    query_len: int = 1,
     seed: int = 0,
 ) -> DecodeStep:
     """A step over sequences of `lengths` tokens.
@@ -66,7 +71,8 @@ def random_step(
     block_table = torch.zeros(len(lengths), max(blocks), dtype=torch.int32, device=device)
     for sequence, own in enumerate(order.split(blocks)):
         block_table[sequence, : len(own)] = own
-    query = torch.randn(len(lengths), q_heads, codec.head_dim, generator=generator, device=device)
+    rows = len(lengths) * query_len
+    query = torch.randn(rows, q_heads, codec.head_dim, generator=generator, device=device)
     return DecodeStep(
         codec,
         query.bfloat16(),
@@ -74,6 +80,7 @@ def random_step(
         block_table,
         torch.tensor(lengths, dtype=torch.int32, device=device),
         codec.head_dim**-0.5,
+        query_len,
     )
 
 

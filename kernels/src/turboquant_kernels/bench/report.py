@@ -50,6 +50,10 @@ def lines(run: Run) -> list[str]:
         told.append(
             f"whole step: {run.step['step_graph_ms']:.4f} ms, {run.step['overhead']:+.0%} over decode alone"
         )
+    if run.anchor:
+        told.append(
+            f"with key anchors: {run.anchor['anchor_graph_ms']:.4f} ms, {run.anchor['overhead']:+.1%}"
+        )
     if run.portable:
         told.append(
             f"portable path: {run.portable['ms']:.4f} ms, in a graph {run.portable['graph_ms']:.4f} ms"

@@ -121,8 +121,11 @@ class Run:
     step: Mapping[str, float] = field(default_factory=dict)
     """First shape and format: `decode_graph_ms` alone; `step_graph_ms` with query rotation, store of one
     token a sequence and un-rotation; `overhead`, their quotient minus one."""
+    anchor: Mapping[str, float] = field(default_factory=dict)
+    """First shape and format, in blocks of 128 tokens: `plain_graph_ms`; `anchor_graph_ms`, with a key anchor
+    a block; `overhead`, their quotient minus one."""
     portable: Mapping[str, float] = field(default_factory=dict)
-    """First shape and format on the portable path: ms, graph_ms."""
+    """First shape and format on the portable path: ms, graph_ms, relative_error."""
     prefill: tuple[Mapping[str, float], ...] = ()
     """One a pair of `PREFILL`: chunk, context, ms, fa3_bf16_ms; `speed_fraction`, the speed over FA3's."""
     compile_seconds: Mapping[str, float] = field(default_factory=dict)
