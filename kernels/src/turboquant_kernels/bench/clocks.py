@@ -65,9 +65,10 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 class CompileTimes:
-    """Context in which first-call compile times are noted: seconds by kernel and specialization.
+    """Context in which first-call compile times of this project's kernels are noted, in seconds.
 
-    What Triton's cache on disk held took no compiler and is left out.
+    By kernel and the numbers it is specialized to. What Triton's cache on disk held took no compiler and is
+    left out.
     """
 
     def __init__(self) -> None:
@@ -82,9 +83,14 @@ class CompileTimes:
         triton.knobs.compilation.listener = self._before
 
     def _note(self, *, src: Any, metadata: Any, metadata_group: Any, times: Any, cache_hit: bool) -> None:
-        if not cache_hit:
-            constants = ",".join(str(value) for _, value in sorted(src.constants.items()))
-            self.seconds[f"{src.name}[{constants}]"] = times.total * 1e-6
+        if cache_hit or not src.fn.__module__.startswith(__package__.partition(".")[0]):
+            return
+        numbers = (
+            f"{src.fn.arg_names[place[0]]}={value}"
+            for place, value in sorted(src.constants.items())
+            if isinstance(value, int)
+        )
+        self.seconds[f"{src.name}[{', '.join(numbers)}]"] = times.total * 1e-6
 
 
 def _captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
