@@ -65,6 +65,15 @@ def test_flash_attention_reads_a_paged_cache_of_its_dtype(name, dtype, flash_att
     assert (plan["qkv_dtype"], plan["page_size"], plan["headdim"]) == (dtype, 16, 64)
 
 
+def test_prefill_is_one_causal_call_over_context_and_chunk(flash_attention):
+    competitors.prefill(SHAPE, 16, 40, CPU)()
+    (call,) = flash_attention.flash_attn_varlen_func.calls
+    assert call["q"].shape == (16, 8, 64)
+    assert call["k"].shape == call["v"].shape == (56, 2, 64)
+    assert (call["cu_seqlens_q"].tolist(), call["cu_seqlens_k"].tolist()) == ([0, 16], [0, 56])
+    assert (call["causal"], call["fa_version"]) == (True, 3)
+
+
 def test_vllms_turboquant_reads_its_4_bit_cache(monkeypatch):
     ops = pytest.importorskip("vllm.v1.attention.ops.triton_turboquant_decode")
     recorder = Recorder(ops.triton_turboquant_decode_attention)

@@ -82,6 +82,30 @@ def _flash_attention(shape: Shape, device: torch.device, dtype: torch.dtype) -> 
     )
 
 
+def prefill(shape: Shape, chunk: int, context: int, device: torch.device) -> Call:
+    """FlashAttention-3 in bf16, one sequence: `chunk` query tokens over `context` and themselves, in one call."""
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    length = context + chunk
+    size = (length, shape.kv_heads, shape.head_dim)
+    key, value = (torch.randn(size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    query = torch.randn(chunk, shape.q_heads, shape.head_dim, device=device, dtype=torch.bfloat16)
+    query_start_loc = torch.tensor([0, chunk], dtype=torch.int32, device=device)
+    key_start_loc = torch.tensor([0, length], dtype=torch.int32, device=device)
+    return lambda: flash_attn_varlen_func(
+        q=query,
+        k=key,
+        v=value,
+        cu_seqlens_q=query_start_loc,
+        max_seqlen_q=chunk,
+        cu_seqlens_k=key_start_loc,
+        max_seqlen_k=length,
+        softmax_scale=shape.head_dim**-0.5,
+        causal=True,
+        fa_version=3,
+    )
+
+
 def _vllm_turboquant(shape: Shape, device: torch.device) -> Call:
     """vllm/v1/attention/backends/turboquant_attn.py, TurboQuantAttentionImpl._decode_attention."""
     from vllm.model_executor.layers.quantization.turboquant.centroids import get_centroids
