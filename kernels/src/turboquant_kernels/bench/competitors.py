@@ -83,7 +83,7 @@ def _flash_attention(shape: Shape, device: torch.device, dtype: torch.dtype) -> 
 
 
 def prefill(shape: Shape, chunk: int, context: int, device: torch.device) -> Call:
-    """FlashAttention-3 in bf16, one sequence: `chunk` query tokens over `context` and themselves, in one call."""
+    """FlashAttention-3 in bf16: `chunk` tokens of one sequence over `context` and themselves, in one call."""
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
     length = context + chunk
