@@ -1,8 +1,8 @@
 """Settings of all tests of the kernels.
 
 One thread, since the tests compare bits and matrix products may round differently on more. One seed for each
-test: products of one row and of many round differently too, which moved a stored code in 6 of 150 random
-inputs of 80 vectors. No deadlines, since they fail on a busy machine.
+test, so that a failure can be repeated; tests of what must hold for every input draw their own seeds. No
+deadlines, since they fail on a busy machine.
 
 Without a GPU, Triton kernels run in Triton's interpreter. The decorators decide at import, so this stands
 before the first import of a kernel; the environment variable is taken back, so that child processes (an

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from turboquant_kernels.codebook import codebook
-from turboquant_kernels.codec import MAX_SCALE, Codec
+from turboquant_kernels.codec import MAX_SCALE, Codec, row_mean
 from turboquant_kernels.formats import BF16, COMPRESSED_FORMATS, HEAD_DIMS, KEY_BITS, Encoding, KVFormat
+from turboquant_kernels.rotation import rotate
 
 MSE = [fmt for fmt in COMPRESSED_FORMATS if fmt.encoding is Encoding.MSE]
 PROD = [fmt for fmt in COMPRESSED_FORMATS if fmt.encoding is Encoding.PROD]
@@ -48,6 +49,28 @@ def test_values_have_the_error_of_their_own_bits(fmt):
     value = normal(1000, 128)
     error = relative_error(codec.decode_values(codec.encode_values(value)), value)
     assert error == expected_error(fmt.value_bits, 128)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_means_add_in_the_documented_order(head_dim):
+    """To the bit, since a GPU's store kernel must come to the same scale."""
+    x = normal(20, head_dim)
+    terms = list(x.unbind(-1))
+    while len(terms) % 2 == 0:
+        terms = [a + b for a, b in zip(terms[::2], terms[1::2], strict=True)]
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    assert torch.equal(row_mean(x).squeeze(-1), total * torch.tensor(1 / head_dim))
+
+
+@pytest.mark.parametrize("head_dim", [96, 128])
+def test_stored_codes_come_from_the_elementwise_rotation(head_dim):
+    """To the bit: among this many boundaries a matrix product's rounding moves some of the codes."""
+    x = normal(4000, head_dim)
+    y = rotate(x / x.abs().amax(-1, keepdim=True), seed=0)
+    expected = codebook(8, head_dim).quantize(y / row_mean(y * y).sqrt())
+    assert torch.equal(Codec(KVFormat(8, 8), head_dim, seed=0).encode_keys(x).codes, expected)
 
 
 @pytest.mark.parametrize("fmt", MSE, ids=lambda fmt: fmt.name)

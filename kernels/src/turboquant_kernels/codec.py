@@ -136,19 +136,19 @@ class Codec:
         # Algorithm 2. The first stage takes the scale that leaves the smallest residual, least squares; the
         # second makes the whole unbiased. Relative to rms nothing overflows, however long the vector.
         codes, levels = self._nearest(unit, self.fmt.key_code_bits)
-        factor = _mean(unit * levels) / _mean(levels * levels)
+        factor = row_mean(unit * levels) / row_mean(levels * levels)
         scale = _half(rms * factor)
         residual = unit - levels * (scale.float() / rms.clamp_min(_TINY))
         # In float64, so that no order of summation can change a sign.
         signs = (residual.double() @ self._projection.double().T < 0).to(torch.uint8)
-        norm = _half(_mean(residual * residual).sqrt() * self.head_dim**0.5 * rms)
+        norm = _half(row_mean(residual * residual).sqrt() * self.head_dim**0.5 * rms)
         return EncodedVectors(codes, scale.squeeze(-1), signs, norm.squeeze(-1))
 
     def _encode(self, unit: torch.Tensor, rms: torch.Tensor, bits: int) -> EncodedVectors:
         codes, levels = self._nearest(unit, bits)
         # Unbiased over rotations: <y, scale * levels> = |y|**2. Least squares would shrink every vector by
         # the distortion (12% at 2 bits), which averaging over tokens does not remove.
-        overlap = _mean(unit * levels).clamp_min(_TINY)
+        overlap = row_mean(unit * levels).clamp_min(_TINY)
         return EncodedVectors(codes, _half(rms / overlap).squeeze(-1))
 
     def _normalize(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -161,7 +161,7 @@ class Codec:
         largest = vectors.abs().amax(-1, keepdim=True)
         unusable = ~((largest >= _TINY) & (largest < torch.inf))
         rotated = rotate((vectors / largest).masked_fill_(unusable, 0.0), self.seed)
-        rms = _mean(rotated * rotated).sqrt()
+        rms = row_mean(rotated * rotated).sqrt()
         return rotated / rms.clamp_min(_TINY), (largest * rms).masked_fill_(unusable, 0.0)
 
     def _nearest(self, unit: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -192,17 +192,7 @@ class Codec:
         return (1.0 - 2.0 * signs.float()) @ self._projection * (norm.float() * factor).unsqueeze(-1)
 
 
-@cache
-def _group_levels(bits: int, head_dim: int) -> torch.Tensor:
-    """The levels of a group of coordinates, by its `group_index`: float32 [2**n, group_size]."""
-    return codebook(bits, head_dim).levels[group_codes(bits).int()]
-
-
-def _half(scale: torch.Tensor) -> torch.Tensor:
-    return scale.clamp_max(MAX_SCALE).half()
-
-
-def _mean(terms: torch.Tensor) -> torch.Tensor:
+def row_mean(terms: torch.Tensor) -> torch.Tensor:
     """The mean of each row: float32 [..., D] -> float32 [..., 1].
 
     Neighbours are added while their number is even, then the rest (3 or 5 of the head dimensions that are no
@@ -216,3 +206,13 @@ def _mean(terms: torch.Tensor) -> torch.Tensor:
     for i in range(1, terms.shape[-1]):
         total = total + terms[..., i : i + 1]
     return total * (1 / head_dim)
+
+
+@cache
+def _group_levels(bits: int, head_dim: int) -> torch.Tensor:
+    """The levels of a group of coordinates, by its `group_index`: float32 [2**n, group_size]."""
+    return codebook(bits, head_dim).levels[group_codes(bits).int()]
+
+
+def _half(scale: torch.Tensor) -> torch.Tensor:
+    return scale.clamp_max(MAX_SCALE).half()
