@@ -379,20 +379,23 @@ def load_levels(
             else:
                 return _four_outputs(PTX, "r,r,r,r,r,r,r,r,r", (codes, words[0], words[1]), OUT)
     else:
-        # Words of four bytes for each thread: had each a whole row, Triton would take the tile for a transposed one
-        # and move it through shared memory byte by byte.
-        sign = tl.max_contiguous(tl.arange(0, WIDTH // 8), 4)[None, :]
+        # Each thread takes a word of every plane, in one layout. Had it a whole row, Triton would take the tile for a
+        # transposed one and move it byte by byte. (In a function of its own the hints would get lost.)
+        sign = tl.arange(0, WIDTH // 8)[None, :]
         SIGN_ROW: tl.constexpr = HEAD_DIM // 8
+        in_words = tl.max_contiguous(row * SIGN_ROW + sign, [1, 4])
         seen = sign < SIGN_ROW
         if BITS == 3:
             ROW3: tl.constexpr = HEAD_DIM // 4
-            signs = tl.load(page + PAGE_TOKENS * ROW3 + row * SIGN_ROW + sign, mask=seen, other=0)
             if READ == 1:
+                signs = tl.load(page + PAGE_TOKENS * ROW3 + in_words, mask=seen, other=0)
                 byte3 = tl.arange(0, WIDTH // 4)[None, :]
                 both = tl.load(page + row * ROW3 + byte3, mask=byte3 < ROW3, other=0)
                 first, second = tl.split(tl.reshape(both, (both.shape[0], WIDTH // 8, 2)))
             else:
-                word3 = page + row * ROW3 + (sign // READ * (2 * READ) + sign % READ)
+                signs = tl.load(page + PAGE_TOKENS * ROW3 + in_words, mask=seen, other=0)
+                word3 = tl.max_contiguous(sign // READ * (2 * READ) + sign % READ, [1, READ])
+                word3 = page + row * ROW3 + tl.multiple_of(word3, [1, READ])
                 first = tl.load(word3, mask=seen, other=0)
                 second = tl.load(word3 + READ, mask=seen, other=0)
             if OUT == tl.int8:
@@ -404,12 +407,13 @@ def load_levels(
         else:
             # Not byte by byte: the assembly relies on a register holding the four bytes of a word, so each thread
             # must load whole words.
-            word = page + row * (HEAD_DIM // 2) + (sign // 4 * 16 + sign % 4)
+            word = tl.max_contiguous(sign // 4 * 16 + sign % 4, [1, 4])
+            word = page + row * (HEAD_DIM // 2) + tl.multiple_of(word, [1, 4])
             w0 = tl.load(word, mask=seen, other=0)
             w1 = tl.load(word + 4, mask=seen, other=0)
             w2 = tl.load(word + 8, mask=seen, other=0)
             w3 = tl.load(word + 12, mask=seen, other=0)
-            plane = page + PAGE_TOKENS * (HEAD_DIM // 2) + row * SIGN_ROW + sign
+            plane = page + PAGE_TOKENS * (HEAD_DIM // 2) + in_words
             p0 = tl.load(plane, mask=seen, other=0)
             if BITS == 5:
                 return _eight_outputs(
