@@ -101,5 +101,7 @@ def empty_cache(
     block_bytes = kv_heads * codec.fmt.page_bytes(codec.head_dim, block_size)
     memory = torch.empty(num_blocks, block_bytes, dtype=torch.uint8, device=device)
     slot_bytes = codec.fmt.slot_bytes(codec.head_dim)
-    pages = memory[:, : block_size * kv_heads * slot_bytes]
-    return pages.unflatten(1, (block_size, kv_heads, slot_bytes))
+    # By hand, since a view of a single block forgets how far the next would lie.
+    return memory.as_strided(
+        (num_blocks, block_size, kv_heads, slot_bytes), (block_bytes, kv_heads * slot_bytes, slot_bytes, 1)
+    )
