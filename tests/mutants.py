@@ -274,6 +274,20 @@ MUTATIONS = [
         "test_packing.py::test_unpack_inverts_pack",
     ),
     Mutation(
+        "quads of neighbouring tokens",
+        "packing.py",
+        ".movedim((-1, -2), (-4, -2))",
+        ".movedim((-2, -1), (-4, -2))",
+        "test_packing.py::test_each_token_has_its_own_bytes_of_a_region",
+    ),
+    Mutation(
+        "values row by row",
+        "packing.py",
+        "return Region(start, token_bytes, quads)",
+        "return Region(start, token_bytes)",
+        "test_store.py::test_pages_hold_what_was_encoded",
+    ),
+    Mutation(
         "scales of keys and values swapped",
         "packing.py",
         "KEY_SCALE, VALUE_SCALE, KEY_RESIDUAL_NORM = range(3)",

@@ -47,10 +47,20 @@ def plain_unpack(planes, bits, keys):
     ]
 
 
-def region_widths(fmt, head_dim):
-    """Bytes of a token in each region of a page, in the order of the regions."""
-    widths = [head_dim * width // 8 for width in WIDTHS[fmt.key_code_bits] + WIDTHS[fmt.value_bits]]
-    return [*widths, head_dim // 8, 6] if fmt.encoding is Encoding.PROD else [*widths, 4]
+def regions(fmt, head_dim):
+    """(bytes of a token, whether in quads) of each region of a page, in the order of the regions."""
+    keys = [(head_dim * width // 8, False) for width in WIDTHS[fmt.key_code_bits]]
+    values = [(head_dim * width // 8, True) for width in WIDTHS[fmt.value_bits]]
+    rest = [(head_dim // 8, False), (6, False)] if fmt.encoding is Encoding.PROD else [(4, False)]
+    return keys + values + rest
+
+
+def row_places(token, width, quads):
+    """Places of the bytes of a token's row in a region."""
+    if not quads:
+        return [token * width + j for j in range(width)]
+    t, b = token % 8 // 2, token // 8 + 2 * (token % 2)
+    return [(t * width + j) * 4 + b for j in range(width)]
 
 
 def slot_rows(fmt, head_dim, cache, slot, head):
@@ -63,7 +73,8 @@ def slot_rows(fmt, head_dim, cache, slot, head):
     page, token = divmod(offset, 16)
     begin = ((block * block_size // 16 + page) * kv_heads + head) * 16 * slot_bytes
     rows, flat = [], cache.flatten()
-    for width in region_widths(fmt, head_dim):
-        rows.append(flat[begin + token * width : begin + (token + 1) * width].tolist())
+    for width, quads in regions(fmt, head_dim):
+        region = flat[begin : begin + 16 * width].tolist()
+        rows.append([region[at] for at in row_places(token, width, quads)])
         begin += 16 * width
     return rows

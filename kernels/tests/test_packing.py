@@ -2,16 +2,18 @@
 
 import pytest
 import torch
-from plain_packing import WIDTHS, bit_places, plain_pack, plain_unpack, region_widths
+from plain_packing import WIDTHS, bit_places, plain_pack, plain_unpack, regions, row_places
 
 from turboquant_kernels.formats import COMPRESSED_FORMATS, HEAD_DIMS, PAGE_TOKENS, Encoding, KVFormat
 from turboquant_kernels.packing import (
     PLANES,
+    Region,
     anchors_of,
     group_codes,
     key_order,
     page_layout,
     pages_of,
+    row_of,
     sign_order,
     take_rows,
     value_order,
@@ -104,25 +106,41 @@ def test_take_rows_gathers_rows_of_any_width():
 @pytest.mark.parametrize("fmt", COMPRESSED_FORMATS, ids=lambda fmt: fmt.name)
 def test_regions_follow_one_another_in_the_documented_order_and_fill_the_page(fmt, head_dim):
     layout = page_layout(fmt, head_dim)
-    regions = [
+    in_order = [
         *layout.key_planes,
         *layout.value_planes,
         *([layout.key_residual_signs] if fmt.encoding is Encoding.PROD else []),
         layout.scales,
     ]
     offset = 0
-    for region, width in zip(regions, region_widths(fmt, head_dim), strict=True):
-        assert (region.offset, region.token_bytes) == (offset, width)
+    for region, (width, quads) in zip(in_order, regions(fmt, head_dim), strict=True):
+        assert (region.offset, region.token_bytes, region.quads) == (offset, width, quads)
         offset += 16 * width
     assert offset == layout.page_bytes == fmt.page_bytes(head_dim)
 
 
-def test_a_region_is_one_token_after_another():
-    layout = page_layout(KVFormat(4, 4), 64)
-    page = torch.arange(layout.page_bytes).to(torch.uint8)
-    scales = layout.scales.of(page)
-    assert scales.shape == (PAGE_TOKENS, 4)
-    assert torch.equal(scales.flatten(), page[16 * 64 :])
+@pytest.mark.parametrize("quads", [False, True])
+@pytest.mark.parametrize("width", [6, 10, 64])
+def test_each_token_has_its_own_bytes_of_a_region(quads, width):
+    region = Region(32, width, quads)
+    pages = torch.randint(0, 256, (3, 32 + 16 * width + 5), dtype=torch.uint8)
+    rows = region.of(pages)
+    for token in range(PAGE_TOKENS):
+        places = torch.tensor(row_places(token, width, quads))
+        assert torch.equal(rows[:, token], pages[:, 32 + places])
+    everywhere = [at for token in range(PAGE_TOKENS) for at in row_places(token, width, quads)]
+    assert sorted(everywhere) == list(range(16 * width))
+
+
+@pytest.mark.parametrize("quads", [False, True])
+def test_what_is_written_to_a_row_is_read_from_it(quads):
+    region = Region(0, 10, quads)
+    pages = torch.zeros(3, 16 * 10, dtype=torch.uint8)
+    tokens = torch.tensor([15, 0, 9, 6])
+    written = torch.randint(1, 256, (3, 4, 10), dtype=torch.uint8)
+    region.rows(pages)[:, *row_of(tokens)] = written
+    assert torch.equal(region.of(pages)[:, tokens], written)
+    assert (pages != 0).sum() == written.numel()
 
 
 def test_pages_of_a_block_follow_the_bytes_of_the_block():

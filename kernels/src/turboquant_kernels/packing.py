@@ -12,16 +12,20 @@ shuffle single bits to bring each to its code. Here one shift and one mask serve
     3 bits   Two words of the first plane, P coordinates each, share a group of 2P high bits. Nibble k of the
              group stands over nibble k of both words: its low two bits belong to the first word, its high two
              to the second. Coordinate x * P + 2k + s (x, s in 0..1) is bit 4k + 2x + s. A key's word has 4
-             bytes, P = 16 (head_dim 80: 2 bytes, P = 8), a value's one byte, P = 4: there the four bytes of a
-             register are four tokens.
+             bytes, P = 16 (head_dim 80: 2 bytes, P = 8), a value's one byte, P = 4: the four bytes of its
+             register are four tokens (below).
     5, 6     A register takes a 16-bit half word of the first plane, four coordinates. In a group of G = 32
              coordinates (16 at the end of head_dim 80) coordinate 4r + b (b in 0..3) is bit (G / 4) * b + r:
              one shift by r brings the bits of register r to the same place of each of its four bytes.
 
-A page holds `PAGE_TOKENS` tokens of one KV head. Its regions follow one another, each one token after the
-other:
+A page holds `PAGE_TOKENS` tokens of one KV head. Its regions follow one another:
 
     key code planes | value code planes | [prod: key residual signs] | scales
+
+Each holds a row of bytes for each token, one row after the other, but those of values: attention sums values
+over tokens, so a register of a tensor core takes one coordinate of four tokens. A value plane is therefore
+[4 quads][bytes of a row][4 tokens], where byte b of quad t belongs to token 8 * (b & 1) + 2 * t + (b >> 1):
+the tokens whose weights the products of keys leave in one thread.
 
 The scales of a token are fp16: key scale, value scale and, for prod, the norm of the key's residual; they are
 adjacent, so that one load brings them. Residual signs are a plane in natural order. Every offset follows from
@@ -203,15 +207,28 @@ def _transposed_bits(group: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Region:
-    """A part of a page that holds the same number of bytes for each token."""
+    """A part of a page that holds a row of the same number of bytes for each token."""
 
     offset: int
     token_bytes: int
+    quads: bool = False
+    """Whether the rows of four tokens are interleaved byte by byte, instead of one row after the other."""
 
     def of(self, pages: torch.Tensor) -> torch.Tensor:
-        """A view of this region: uint8 [..., page_bytes] -> [..., PAGE_TOKENS, token_bytes]."""
-        end = self.offset + PAGE_TOKENS * self.token_bytes
-        return pages[..., self.offset : end].unflatten(-1, (PAGE_TOKENS, self.token_bytes))
+        """The rows of this region: uint8 [..., page_bytes] -> [..., PAGE_TOKENS, token_bytes], to be read."""
+        return self.rows(pages).flatten(-4, -2)
+
+    def rows(self, pages: torch.Tensor) -> torch.Tensor:
+        """A view of the rows, to be written at `row_of(token)`: [..., 2, 4, 2, token_bytes]."""
+        region = pages[..., self.offset : self.offset + PAGE_TOKENS * self.token_bytes]
+        if self.quads:
+            return region.unflatten(-1, (4, self.token_bytes, 2, 2)).movedim((-1, -2), (-4, -2))
+        return region.unflatten(-1, (2, 4, 2, self.token_bytes))
+
+
+def row_of(token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Index of a token's row in `Region.rows`: (b & 1, t, b >> 1) of 8 * (b & 1) + 2 * t + (b >> 1)."""
+    return token // 8, token // 2 % 4, token % 2
 
 
 @dataclass(frozen=True)
@@ -231,14 +248,14 @@ def page_layout(fmt: KVFormat, head_dim: int) -> PageLayout:
     """The layout of `fmt` at `head_dim`, whose regions fill a page; anchors stand outside of pages."""
     end = 0
 
-    def region(token_bytes: int) -> Region:
+    def region(token_bytes: int, *, quads: bool = False) -> Region:
         nonlocal end
         start, end = end, end + PAGE_TOKENS * token_bytes
-        return Region(start, token_bytes)
+        return Region(start, token_bytes, quads)
 
     layout = PageLayout(
         key_planes=tuple(region(head_dim * width // 8) for width in PLANES[fmt.key_code_bits]),
-        value_planes=tuple(region(head_dim * width // 8) for width in PLANES[fmt.value_bits]),
+        value_planes=tuple(region(head_dim * width // 8, quads=True) for width in PLANES[fmt.value_bits]),
         key_residual_signs=region(head_dim // 8) if fmt.encoding is Encoding.PROD else None,
         scales=region(fmt.scale_bytes),
         page_bytes=PAGE_TOKENS * fmt.slot_bytes(head_dim),

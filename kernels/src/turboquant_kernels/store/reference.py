@@ -7,7 +7,7 @@ import torch
 
 from turboquant_kernels.codec import Codec
 from turboquant_kernels.formats import ANCHOR_TOKENS, PAGE_TOKENS
-from turboquant_kernels.packing import CodeOrder, Region, anchors_of, pages_of
+from turboquant_kernels.packing import CodeOrder, Region, anchors_of, pages_of, row_of
 
 
 def store(
@@ -33,7 +33,7 @@ def store(
     slot = slot_mapping[used].long()
     block_size = kv_cache.shape[1]
     block, offset = slot // block_size, slot % block_size
-    page, token = offset // PAGE_TOKENS, offset % PAGE_TOKENS
+    page, row = offset // PAGE_TOKENS, row_of(offset % PAGE_TOKENS)
 
     key, value = key[used], value[used]
     if codec.fmt.anchor:
@@ -43,7 +43,7 @@ def store(
 
     def write(region: Region, data: torch.Tensor) -> None:
         """data: uint8 [used tokens, kv_heads, token_bytes]."""
-        region.of(pages)[block, page, :, token] = data
+        region.rows(pages)[block, page, :, *row] = data
 
     def write_codes(planes: tuple[Region, ...], order: CodeOrder, codes: torch.Tensor) -> None:
         for region, plane in zip(planes, order.pack(codes), strict=True):
