@@ -13,7 +13,7 @@ import torch
 
 from turboquant_kernels.codebook import codebook
 from turboquant_kernels.codec import Codec
-from turboquant_kernels.formats import ANCHOR_TOKENS
+from turboquant_kernels.formats import ANCHOR_TOKENS, PAGE_TOKENS
 from turboquant_kernels.packing import (
     KEY_RESIDUAL_NORM,
     KEY_SCALE,
@@ -105,29 +105,50 @@ def decompress(codec: Codec, pages: torch.Tensor) -> tuple[torch.Tensor, torch.T
     """Rotated keys and values: uint8 [n, kv_heads, page_bytes] -> float64 [kv_heads, n * 16, D] each."""
     layout = codec.layout
     scales = layout.scales.of(pages).contiguous().view(torch.float16).double().unsqueeze(-1)
-    keys = _levels(codec.key_order, pages, layout.key_planes) * scales[..., KEY_SCALE, :]
+    keys = _levels(codec.key_order, _rows(pages, layout.key_planes)) * scales[..., KEY_SCALE, :]
     if layout.key_residual_signs is not None:
-        negative = _codes(codec.sign_order, pages, (layout.key_residual_signs,))
+        negative = _codes(codec.sign_order, _rows(pages, (layout.key_residual_signs,)))
         projection = projection_matrix(codec.head_dim, codec.seed).double().to(pages.device)
         residual = (1.0 - 2.0 * negative.double()) @ projection
         factor = math.sqrt(math.pi / 2) / codec.head_dim
         keys = keys + residual * scales[..., KEY_RESIDUAL_NORM, :] * factor
-    values = _levels(codec.value_order, pages, layout.value_planes) * scales[..., VALUE_SCALE, :]
+    values = _levels(codec.value_order, _quad_rows(pages, layout.value_planes)) * scales[..., VALUE_SCALE, :]
     return keys.transpose(0, 1).flatten(1, 2), values.transpose(0, 1).flatten(1, 2)
 
 
-def _levels(order: CodeOrder, pages: torch.Tensor, planes: tuple[Region, ...]) -> torch.Tensor:
+def _rows(pages: torch.Tensor, planes: tuple[Region, ...]) -> torch.Tensor:
+    """Planes that lie token after token: uint8 [n, kv_heads, 16, bytes of a token]."""
+    shape = (PAGE_TOKENS, -1)
+    return torch.cat([_bytes(pages, plane).unflatten(-1, shape) for plane in planes], dim=-1)
+
+
+def _quad_rows(pages: torch.Tensor, planes: tuple[Region, ...]) -> torch.Tensor:
+    """Planes that lie [quad t][byte of a row][b], b a token of the quad: token 8 (b % 2) + 2 t + b // 2.
+
+    As `_rows`: uint8 [n, kv_heads, 16, bytes of a token].
+    """
+    rows = []
+    for plane in planes:
+        t_row_b = _bytes(pages, plane).unflatten(-1, (4, plane.token_bytes, 2, 2))
+        rows.append(t_row_b.permute(0, 1, 5, 2, 4, 3).flatten(2, 4))
+    return torch.cat(rows, dim=-1)
+
+
+def _bytes(pages: torch.Tensor, plane: Region) -> torch.Tensor:
+    return pages[..., plane.offset : plane.offset + PAGE_TOKENS * plane.token_bytes]
+
+
+def _levels(order: CodeOrder, rows: torch.Tensor) -> torch.Tensor:
     """Codebook levels: float64 [n, kv_heads, 16, D]."""
     book = codebook(order.bits, order.head_dim)
     levels = book.step * (book.grid.double() + 0.5)
-    return levels.to(pages.device)[_codes(order, pages, planes)]
+    return levels.to(rows.device)[_codes(order, rows)]
 
 
-def _codes(order: CodeOrder, pages: torch.Tensor, planes: tuple[Region, ...]) -> torch.Tensor:
+def _codes(order: CodeOrder, rows: torch.Tensor) -> torch.Tensor:
     """Codes bit by bit: int64 [n, kv_heads, 16, D]."""
-    rows = torch.cat([region.of(pages) for region in planes], dim=-1)
-    codes = torch.zeros((), dtype=torch.int64, device=pages.device)
-    for bit, place in enumerate(_bit_places(order).to(pages.device)):
+    codes = torch.zeros((), dtype=torch.int64, device=rows.device)
+    for bit, place in enumerate(_bit_places(order).to(rows.device)):
         codes = codes | ((rows[..., place // 8].long() >> place % 8) & 1) << bit
     return codes
 
