@@ -1,10 +1,20 @@
 """What it means that a kernel stored the same as `store.reference`."""
 
+import dataclasses
+
 import torch
 
 from turboquant_kernels.codebook import codebook
-from turboquant_kernels.formats import PAGE_TOKENS
-from turboquant_kernels.packing import KEY_RESIDUAL_NORM, KEY_SCALE, VALUE_SCALE, pages_of
+from turboquant_kernels.codec import Codec
+from turboquant_kernels.formats import ANCHOR_TOKENS, PAGE_TOKENS
+from turboquant_kernels.packing import (
+    KEY_RESIDUAL_NORM,
+    KEY_SCALE,
+    VALUE_SCALE,
+    anchors_of,
+    pages_of,
+    row_of,
+)
 from turboquant_kernels.rotation import projection_matrix, rotation_matrix
 from turboquant_kernels.store.reference import store
 
@@ -15,16 +25,21 @@ BOUNDARY = 1e-5
 def assert_same_as_reference(codec, key, value, slot_mapping, before, after):
     """Asserts that `after` is what the reference makes of the cache `before`, up to rounding; all on the CPU.
 
-    Every byte outside the stored slots is as it was. Codes are equal but where a coordinate lies within
+    Every byte of other slots is as it was. Codes are equal but where a coordinate lies within
     `BOUNDARY` of a boundary, signs of a projected residual but where the projection lies within ten times
     that of zero, and fp16 scales but for one unit in the last place (1% where what they follow from differs).
     Returns the number of bytes that differ.
     """
-    expected = before.clone()
-    store(codec, key, value, expected, slot_mapping)
     tokens = (slot_mapping >= 0).nonzero().squeeze(-1)
     slot = slot_mapping[tokens].long()
     block, offset = slot // before.shape[1], slot % before.shape[1]
+    if codec.fmt.anchor:
+        anchors = anchors_of(before, codec.fmt, codec.head_dim)[block, offset // ANCHOR_TOKENS]
+        key = key.float().index_put((tokens,), key[tokens].float() - anchors.float())
+        codec = Codec(dataclasses.replace(codec.fmt, anchor=False), codec.head_dim, codec.seed)
+    before, after = before.contiguous(), after.contiguous()
+    expected = before.clone()
+    store(codec, key, value, expected, slot_mapping)
     at = block, offset // PAGE_TOKENS, slice(None), offset % PAGE_TOKENS
 
     layout = codec.layout
@@ -42,7 +57,9 @@ def assert_same_as_reference(codec, key, value, slot_mapping, before, after):
 
     outside = after.clone()
     for region in (*layout.key_planes, *layout.value_planes, *signs, layout.scales):
-        region.of(pages_of(outside, layout))[at] = rows(before, region)
+        region.rows(pages_of(outside, layout))[
+            block, offset // PAGE_TOKENS, :, *row_of(offset % PAGE_TOKENS)
+        ] = rows(before, region)
     assert torch.equal(outside, before), "bytes of other slots have changed"
 
     got, want = scales(after), scales(expected)

@@ -32,6 +32,7 @@ from turboquant_kernels.packing import (
     VALUE_SCALE,
     CodeOrder,
     Region,
+    anchors_of,
     key_order,
     page_layout,
     pages_of,
@@ -79,7 +80,9 @@ def store(
     """
     if key.stride(-1) != 1 or value.stride(-1) != 1:
         raise ValueError("the coordinates of a key or value are not adjacent in memory")
-    pages_of(kv_cache, codec.layout)  # checks the cache
+    pages_of(kv_cache, codec.layout)  # raises where the cache does not fit the format
+    if codec.fmt.anchor:
+        anchors_of(kv_cache, codec.fmt, codec.head_dim)
     num_blocks, block_size, kv_heads, _ = kv_cache.shape
     if num_blocks * block_size >= 1 << 31:
         raise ValueError(f"slots of {num_blocks} blocks of {block_size} tokens do not fit 32 bits")
@@ -141,6 +144,8 @@ class _Codes(NamedTuple):
     """(offset in the page, width, first bit of the code) of each bit plane."""
     read_bytes: int
     """`CodeOrder.read_bytes`: the order of the high bits."""
+    quads: bool
+    """`Region.quads`: the bytes of four tokens alternate."""
 
 
 @cache
@@ -149,13 +154,11 @@ def _specialization(fmt: KVFormat, head_dim: int) -> dict[str, Any]:
     layout = page_layout(fmt, head_dim)
     hadamard_factors = factors(head_dim)
     signs = layout.key_residual_signs
-    # The residual's projection is a matrix product, of 16 rows at least.
-    rows = max(tile_rows(head_dim, _NUM_WARPS), 16 if signs else 1)
     return {
         "HEAD_DIM": head_dim,
         "INNER": hadamard_factors.inner,
         "NEGATIVE": hadamard_factors.negative,
-        "ROWS": rows,
+        "ROWS": tile_rows(head_dim, _NUM_WARPS),
         "KEY_CODES": _codes(layout.key_planes, key_order(fmt, head_dim)),
         "VALUE_CODES": _codes(layout.value_planes, value_order(fmt, head_dim)),
         "RESIDUAL_SIGNS": signs.offset if signs else None,
@@ -176,6 +179,7 @@ def _codes(regions: tuple[Region, ...], order: CodeOrder) -> _Codes:
         levels=tuple(2 * c + 1 for c in book.magnitudes.tolist()),
         planes=tuple(zip(offsets, order.widths, first_bits, strict=True)),
         read_bytes=order.read_bytes,
+        quads=regions[0].quads,
     )
 
 
@@ -348,7 +352,10 @@ def _store_codes(page, row, used, t, magnitude, HEAD_DIM: tl.constexpr, CODES: t
         else:
             place = _high_bit_place(coordinate, HEAD_DIM, CODES)
         words = _words(part, place, CODES.planes[i][1])
-        _store_words(page + CODES.planes[i][0], row, used, words, 0, HEAD_DIM * CODES.planes[i][1] // 8)
+        if CODES.quads:
+            _store_quads(page + CODES.planes[i][0], row, used, words, HEAD_DIM * CODES.planes[i][1] // 8)
+        else:
+            _store_words(page + CODES.planes[i][0], row, used, words, HEAD_DIM * CODES.planes[i][1] // 8)
 
 
 @triton.jit
@@ -371,30 +378,42 @@ def _words(part, place, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _store_words(plane, row, used, words, FIRST: tl.constexpr, ROW_BYTES: tl.constexpr):
-    """Writes words [ROWS, n], from word FIRST on, of the tokens' rows of a plane."""
+def _store_words(plane, row, used, words, ROW_BYTES: tl.constexpr):
+    """Writes words [ROWS, n] of the tokens' rows of a plane."""
     COUNT: tl.constexpr = words.shape[1]
     used = used[:, None]
     if ROW_BYTES % 4 == 0:
-        word = FIRST + tl.arange(0, COUNT)[None, :]
+        word = tl.arange(0, COUNT)[None, :]
         target = plane.to(tl.pointer_type(tl.int32))[:, None] + row[:, None] * (ROW_BYTES // 4) + word
         tl.store(target, words, mask=used & (word < ROW_BYTES // 4))
     else:
         # 1-bit planes at head_dim 80 have rows of 10 bytes.
         halves = tl.reshape(tl.join(words, words >> 16), [words.shape[0], 2 * COUNT]).to(tl.int16)
-        half = 2 * FIRST + tl.arange(0, 2 * COUNT)[None, :]
+        half = tl.arange(0, 2 * COUNT)[None, :]
         target = plane.to(tl.pointer_type(tl.int16))[:, None] + row[:, None] * (ROW_BYTES // 2) + half
         tl.store(target, halves, mask=used & (half < ROW_BYTES // 2))
 
 
 @triton.jit
+def _store_quads(plane, row, used, words, ROW_BYTES: tl.constexpr):
+    """Writes words [ROWS, n] of the tokens' rows of a value plane, whose bytes alternate with those of three
+    other tokens: byte j of token 8 * (b % 2) + 2 * quad + b // 2 is byte b of word j of the quad."""
+    COUNT: tl.constexpr = words.shape[1]
+    bytes = words[:, :, None] >> (8 * tl.arange(0, 4))[None, None, :]
+    bytes = tl.reshape(bytes, [words.shape[0], 4 * COUNT]).to(tl.int8)
+    quad, place = row % 8 // 2, row // 8 + 2 * (row % 2)
+    j = tl.arange(0, 4 * COUNT)[None, :]
+    target = plane[:, None] + ((quad * ROW_BYTES)[:, None] + j) * 4 + place[:, None]
+    tl.store(target, bytes, mask=used[:, None] & (j < ROW_BYTES))
+
+
+@triton.jit
 def _store_projected_signs(plane, row, used, residual, projection, HEAD_DIM: tl.constexpr):
-    """Signs of the projected residual, 32 coordinates of the projection at a time."""
-    k = tl.arange(0, residual.shape[1])[:, None]
-    place = tl.arange(0, 32)
-    for first in tl.static_range(0, HEAD_DIM, 32):
-        i = first + place[None, :]
-        rows = tl.load(projection + i * HEAD_DIM + k, mask=(i < HEAD_DIM) & (k < HEAD_DIM), other=0.0)
-        projected = tl.dot(residual, rows, input_precision="ieee")
-        words = _words((projected < 0).to(tl.int32), place, 1)
-        _store_words(plane, row, used, words, first // 32, HEAD_DIM // 8)
+    """Signs of the projected residual, a byte of them at a time; prod is not made to be fast."""
+    k = tl.arange(0, residual.shape[1])[None, :]
+    for byte in tl.range(HEAD_DIM // 8, num_stages=1):
+        i = 8 * byte + tl.arange(0, 8)[:, None]
+        rows = tl.load(projection + i * HEAD_DIM + k, mask=k < HEAD_DIM, other=0.0)
+        projected = tl.sum(residual[:, None, :] * rows[None, :, :], axis=2)
+        signs = tl.sum((projected < 0).to(tl.int32) << tl.arange(0, 8)[None, :], axis=1)
+        tl.store(plane + row * (HEAD_DIM // 8) + byte, signs.to(tl.uint8), mask=used)
