@@ -1,15 +1,19 @@
-"""Codes of a page to levels, in Triton: what the portable decode kernel and prefill's expansion have in common.
+"""Codes of a page to levels, in Triton: what portable decode and the expansion of prefill have in common.
 
-A tile is some tokens (rows) by a head dimension padded to a power of two (columns). `load_levels` gives the int8
-c of each level `step * (c + 1/2)` (`turboquant_kernels.codebook`) or the level in steps, c + 1/2, in bf16, which
-holds every one of them exactly. There are two ways to the same tile:
+Keys come as a tile of tokens by coordinates, the int8 c of each level `step * (c + 1/2)`
+(`turboquant_kernels.codebook`). Values come as a tile of coordinates by tokens, c + 1/2, in bf16, which holds
+every level exactly. There are two ways to the same tiles:
 
-- PTX (`levels_ptx`): a register of four bytes of codes becomes four levels of each coordinate it holds, by byte
-  permutation used as a look-up in a table of eight bytes. Coordinates of a byte go to different outputs, and
-  outputs are laid beside each other, so that nothing is shuffled: columns are then not in the order of
-  coordinates. `coordinate` says which one a column holds; queries are read and results are written by it.
-- Plain Triton, where that PTX does not reach: a table in memory, one byte load per code and plane. This is what
-  Triton's interpreter runs.
+- PTX (`levels_ptx`): a register of four bytes of codes becomes registers of four levels, one for each code of
+  a byte, by byte permutation used as a look-up in a table of eight bytes. Nothing is shuffled: results are put
+  beside each other as they come, so coordinates stand in an order of their own (`coordinate`). Decode reads
+  queries and writes results in that order; `natural` undoes it.
+- Plain Triton, where that PTX does not reach: a table in memory, one byte load for each code and plane. This
+  is what Triton's interpreter runs.
+
+The four bytes of a register are neighbouring bytes of one token's key, or the same byte of four tokens' values
+(`packing`): a value tile is ready to be summed over tokens. Its tokens stand in the order of their bytes;
+`token_of` says which one, and who multiplies the two tiles reads keys in the same order.
 """
 
 from collections.abc import Sequence
@@ -207,84 +211,81 @@ def _beside(a, b):
 
 
 @triton.jit
-def _beside4(a, b, c, d):
-    return _beside(_beside(a, b), _beside(c, d))
+def _above(a, b):
+    """[N, T], [N, T] -> [2 * N, T]."""
+    return tl.reshape(tl.permute(tl.join(a, b), (2, 0, 1)), (2 * a.shape[0], a.shape[1]))
 
 
 @triton.jit
-def _two_outputs(PTX: tl.constexpr, READ: tl.constexpr, operands, OUT: tl.constexpr):
-    if OUT == tl.int8:
-        a, b = tl.inline_asm_elementwise(
-            PTX, "=&r," * 2 + READ, operands, dtype=(tl.int8,) * 2, is_pure=True, pack=4
-        )
-    else:
-        a, b = tl.inline_asm_elementwise(
-            PTX, "=&r," * 4 + READ, operands, dtype=(tl.bfloat16,) * 2, is_pure=False, pack=4
-        )
-    return _beside(a, b)
+def _coordinates_first(quads):
+    """[T / 4, N, 4] -> [N, T]."""
+    return tl.reshape(tl.permute(quads, (1, 0, 2)), (quads.shape[1], 4 * quads.shape[0]))
 
 
 @triton.jit
-def _four_outputs(PTX: tl.constexpr, READ: tl.constexpr, operands, OUT: tl.constexpr):
-    if OUT == tl.int8:
-        a, b, c, d = tl.inline_asm_elementwise(
-            PTX, "=&r," * 4 + READ, operands, dtype=(tl.int8,) * 4, is_pure=True, pack=4
-        )
-    else:
-        a, b, c, d = tl.inline_asm_elementwise(
-            PTX, "=&r," * 8 + READ, operands, dtype=(tl.bfloat16,) * 4, is_pure=False, pack=4
-        )
-    return _beside4(a, b, c, d)
-
-
-@triton.jit
-def _eight_outputs(PTX: tl.constexpr, READ: tl.constexpr, operands, OUT: tl.constexpr):
-    if OUT == tl.int8:
-        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
-            PTX, "=&r," * 8 + READ, operands, dtype=(tl.int8,) * 8, is_pure=True, pack=4
-        )
-    else:
-        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
-            PTX, "=&r," * 16 + READ, operands, dtype=(tl.bfloat16,) * 8, is_pure=False, pack=4
-        )
-    return _beside(_beside4(a, b, c, d), _beside4(e, f, g, h))
-
-
-@triton.jit
-def table_words(tables, BITS: tl.constexpr, PTX: tl.constexpr, OUT: tl.constexpr):
-    """What `load_levels` looks up in registers: four int32, of which it takes what it needs. Load them once."""
+def table_words(tables, BITS: tl.constexpr, PTX: tl.constexpr, BF16: tl.constexpr):
+    """What the PTX looks up in registers: four int32, of which it takes what it needs. Load them once."""
     words = tables.to(tl.pointer_type(tl.int32), bitcast=True)
+    second, third, fourth = 0, 0, 0
     if PTX == "":
-        return 0, 0, 0, 0
-    elif OUT == tl.int8:
-        first = tl.load(words)
-        if BITS == 5:
-            return first, tl.load(words + 2), 0, 0
-        elif BITS == 6:
-            return first, tl.load(words + 2), tl.load(words + 4), tl.load(words + 6)
-        else:
-            return first, 0, 0, 0
+        first = 0
+    elif BF16:
+        first = tl.load(words + (1 << BITS) // 4)
+        second = tl.load(words + (1 << BITS) // 4 + 2)
     else:
-        bytes_of_levels = words + (1 << BITS) // 4
-        return tl.load(bytes_of_levels), tl.load(bytes_of_levels + 2), 0, 0
+        first = tl.load(words)
+        if BITS > 4:
+            second = tl.load(words + 2)
+        if BITS == 6:
+            third = tl.load(words + 4)
+            fourth = tl.load(words + 6)
+    return first, second, third, fourth
 
 
 @triton.jit
-def coordinate(column, BITS: tl.constexpr, PTX: tl.constexpr, READ: tl.constexpr, WIDTH: tl.constexpr):
-    """The coordinate that stands in a column of `load_levels`'s tile; head_dim or more for padding.
+def token_of(slot):
+    """The token, within a page, whose values stand at a place in their byte order: both 0..15."""
+    return slot % 2 * 8 + slot // 4 * 2 + slot % 4 // 2
 
-    READ: `packing.CodeOrder.read_bytes`. WIDTH: columns, a power of two.
+
+@triton.jit
+def coordinate(place, BITS: tl.constexpr, PTX: tl.constexpr, READ: tl.constexpr, WIDTH: tl.constexpr):
+    """The coordinate at a place of a tile's coordinate dimension; head_dim or more for padding.
+
+    READ: `packing.CodeOrder.read_bytes`. WIDTH: length of the dimension, a power of two.
     """
     if PTX == "" or BITS == 8:
-        return column
-    if BITS == 4:
-        return column % (WIDTH // 2) * 2 + column // (WIDTH // 2)
-    if BITS == 2:
-        return column % (WIDTH // 4) * 4 + column // (WIDTH // 4)
-    byte, output = column % (WIDTH // 8), column // (WIDTH // 8)
-    if BITS == 3:
-        return byte // READ * (8 * READ) + byte % READ * 4 + output // 4 * (4 * READ) + output % 4
-    return byte // 4 * 32 + output * 4 + byte % 4
+        found = place
+    elif BITS == 4:
+        found = place % (WIDTH // 2) * 2 + place // (WIDTH // 2)
+    elif BITS == 2:
+        found = place % (WIDTH // 4) * 4 + place // (WIDTH // 4)
+    else:
+        byte, output = place % (WIDTH // 8), place // (WIDTH // 8)
+        if BITS == 3:
+            found = byte // READ * (8 * READ) + byte % READ * 4 + output // 4 * (4 * READ) + output % 4
+        else:
+            found = byte // 4 * 32 + output * 4 + byte % 4
+    return found
+
+
+@triton.jit
+def natural(tile, BITS: tl.constexpr, PTX: tl.constexpr, READ: tl.constexpr):
+    """A tile [T, WIDTH] with its columns in the order of coordinates."""
+    T: tl.constexpr = tile.shape[0]
+    WIDTH: tl.constexpr = tile.shape[1]
+    if PTX == "" or BITS == 8:
+        ordered = tile
+    elif BITS == 3:
+        parts = tl.reshape(tile, (T, 2, 4, WIDTH // (8 * READ), READ))
+        ordered = tl.reshape(tl.permute(parts, (0, 3, 1, 4, 2)), (T, WIDTH))
+    elif BITS == 5 or BITS == 6:
+        parts = tl.reshape(tile, (T, 8, WIDTH // 32, 4))
+        ordered = tl.reshape(tl.permute(parts, (0, 2, 1, 3)), (T, WIDTH))
+    else:
+        parts = tl.reshape(tile, (T, 8 // BITS, WIDTH * BITS // 8))
+        ordered = tl.reshape(tl.permute(parts, (0, 2, 1)), (T, WIDTH))
+    return ordered
 
 
 @triton.jit
@@ -292,17 +293,22 @@ def _bit_position(coord, BITS: tl.constexpr, HEAD_DIM: tl.constexpr, READ: tl.co
     """Where in a row of one of the 1-bit planes of 3, 5 or 6 bits a coordinate stands."""
     if BITS == 3:
         within = coord % (8 * READ)
-        return coord - within + within % (4 * READ) // 2 * 4 + within // (4 * READ) * 2 + within % 2
-    group = coord // 32 * 32
-    stride = tl.where(group + 32 <= HEAD_DIM, 8, 4)
-    return group + coord % 4 * stride + (coord - group) // 4
+        position = coord - within + within % (4 * READ) // 2 * 4 + within // (4 * READ) * 2 + within % 2
+    else:
+        group = coord // 32 * 32
+        stride = tl.where(group + 32 <= HEAD_DIM, 8, 4)
+        position = group + coord % 4 * stride + (coord - group) // 4
+    return position
 
 
 @triton.jit
-def load_bits(plane, position, seen, BITS: tl.constexpr):
-    """Fields of BITS bits of rows: plane pointers [T, 1], position (in fields) and seen [1, N] -> int32 [T, N]."""
+def load_bits(plane, position, seen, BITS: tl.constexpr, STRIDE: tl.constexpr):
+    """Fields of BITS bits: pointers to rows whose bytes are STRIDE apart, positions of fields, a mask -> int32.
+
+    The three are broadcast to each other: [T, 1], [1, N], [1, N] give [T, N].
+    """
     bit = position * BITS
-    byte = tl.load(plane + bit // 8, mask=seen, other=0).to(tl.int32)
+    byte = tl.load(plane + bit // 8 * STRIDE, mask=seen, other=0).to(tl.int32)
     return (byte >> (bit % 8)) & ((1 << BITS) - 1)
 
 
@@ -310,30 +316,30 @@ def load_bits(plane, position, seen, BITS: tl.constexpr):
 def _load_codes(
     page,
     row,
-    seen,
     coord,
     BITS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     READ: tl.constexpr,
+    STRIDE: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
 ):
-    """Codes of coordinates [1, N] as int32 [T, N]: the plain way."""
+    """Codes of coordinates, int32: the plain way. `row` counts rows, and single bytes where they interleave."""
     FIRST: tl.constexpr = 4 if BITS == 5 or BITS == 6 else (2 if BITS == 3 else BITS)
-    codes = load_bits(page + row * (HEAD_DIM * FIRST // 8), coord, seen, FIRST)
+    seen = coord < HEAD_DIM
+    whole, part = row // STRIDE * STRIDE, row % STRIDE
+    codes = load_bits(page + whole * (HEAD_DIM * FIRST // 8) + part, coord, seen, FIRST, STRIDE)
     if BITS > FIRST:
         position = _bit_position(coord, BITS, HEAD_DIM, READ)
-        for plane in tl.static_range(FIRST, BITS):
-            bits = load_bits(
-                page + PAGE_TOKENS * HEAD_DIM * plane // 8 + row * (HEAD_DIM // 8), position, seen, 1
-            )
-            codes |= bits << plane
+        for bit in tl.static_range(FIRST, BITS):
+            plane = page + PAGE_TOKENS * HEAD_DIM * bit // 8 + whole * (HEAD_DIM // 8) + part
+            codes |= load_bits(plane, position, seen, 1, STRIDE) << bit
     return codes
 
 
 @triton.jit
-def load_levels(
+def load_keys(
     page,
-    row,
+    token,
     tables,
     words,
     BITS: tl.constexpr,
@@ -342,84 +348,161 @@ def load_levels(
     READ: tl.constexpr,
     PTX: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
-    OUT: tl.constexpr,
 ):
-    """The levels of some tokens: [T, WIDTH], columns as `coordinate` says, padding with any finite number.
+    """int8 [T, WIDTH]: c of the keys' levels, padding with any of them.
 
-    page: pointers [T, 1] to the first byte of the codes' planes in the token's page. row: int [T, 1], the token's
-    place in its page. tables: pointer to `level_tables`; words: `table_words` of them. OUT: tl.int8 gives c,
-    another type c + 1/2.
+    page: pointers [T, 1] to the first byte of the tokens' pages. token: int [T, 1], their places in the pages.
+    tables: pointer to `level_tables`; words: `table_words` of them.
     """
-    if PTX == "" and not (BITS == 8 and OUT == tl.int8):
+    if BITS == 8:
+        byte = tl.arange(0, WIDTH)[None, :]
+        codes = tl.load(page + token * HEAD_DIM + byte, mask=byte < HEAD_DIM, other=0)
+        keys = codes.to(tl.int8, bitcast=True)
+    elif PTX == "":
         coord = tl.arange(0, WIDTH)[None, :]
-        codes = _load_codes(page, row, coord < HEAD_DIM, coord, BITS, HEAD_DIM, READ, PAGE_TOKENS)
-        grid = tl.load(tables + codes)
-        if OUT == tl.int8:
-            return grid
-        return (grid.to(tl.float32) + 0.5).to(OUT)
-    if BITS == 2 or BITS == 4 or BITS == 8:
+        keys = tl.load(tables + _load_codes(page, token, coord, BITS, HEAD_DIM, READ, 1, PAGE_TOKENS))
+    elif BITS == 2 or BITS == 4:
         ROW: tl.constexpr = HEAD_DIM * BITS // 8
         byte = tl.arange(0, WIDTH * BITS // 8)[None, :]
-        codes = tl.load(page + row * ROW + byte, mask=byte < ROW, other=0)
-        if BITS == 8:
-            if OUT == tl.int8:
-                return codes.to(tl.int8, bitcast=True)
-            else:
-                return tl.inline_asm_elementwise(
-                    PTX, "=&r,=&r,r", [codes], dtype=tl.bfloat16, is_pure=False, pack=4
-                )
-        elif BITS == 4:
-            if OUT == tl.int8:
-                return _two_outputs(PTX, "r,r,r,r,r", (codes, words[0]), OUT)
-            else:
-                return _two_outputs(PTX, "r,r,r,r,r,r,r,r,r", (codes, words[0], words[1]), OUT)
+        codes = tl.load(page + token * ROW + byte, mask=byte < ROW, other=0)
+        if BITS == 4:
+            a, b = tl.inline_asm_elementwise(
+                PTX, "=&r,=&r,r,r,r,r,r", (codes, words[0]), dtype=(tl.int8,) * 2, is_pure=True, pack=4
+            )
+            keys = _beside(a, b)
         else:
-            if OUT == tl.int8:
-                return _four_outputs(PTX, "r,r,r,r,r", (codes, words[0]), OUT)
-            else:
-                return _four_outputs(PTX, "r,r,r,r,r,r,r,r,r", (codes, words[0], words[1]), OUT)
+            a, b, c, d = tl.inline_asm_elementwise(
+                PTX, "=&r," * 4 + "r,r,r,r,r", (codes, words[0]), dtype=(tl.int8,) * 4, is_pure=True, pack=4
+            )
+            keys = _beside(_beside(a, b), _beside(c, d))
     else:
-        # Each thread takes a word of every plane, in one layout. Had it a whole row, Triton would take the tile for a
-        # transposed one and move it byte by byte. (In a function of its own the hints would get lost.)
-        sign = tl.arange(0, WIDTH // 8)[None, :]
+        # Each thread takes a word of every plane, in one layout. Had it a whole row, Triton would take the tile
+        # for a transposed one and move it byte by byte. (In a function of its own the hints would get lost.)
+        byte = tl.arange(0, WIDTH // 8)[None, :]
         SIGN_ROW: tl.constexpr = HEAD_DIM // 8
-        in_words = tl.max_contiguous(row * SIGN_ROW + sign, [1, 4])
-        seen = sign < SIGN_ROW
+        FIRST_ROW: tl.constexpr = HEAD_DIM // 4 if BITS == 3 else HEAD_DIM // 2
+        seen = byte < SIGN_ROW
+        plane = page + PAGE_TOKENS * FIRST_ROW + tl.max_contiguous(token * SIGN_ROW + byte, [1, 4])
+        p0 = tl.load(plane, mask=seen, other=0)
         if BITS == 3:
-            ROW3: tl.constexpr = HEAD_DIM // 4
-            if READ == 1:
-                signs = tl.load(page + PAGE_TOKENS * ROW3 + in_words, mask=seen, other=0)
-                byte3 = tl.arange(0, WIDTH // 4)[None, :]
-                both = tl.load(page + row * ROW3 + byte3, mask=byte3 < ROW3, other=0)
-                first, second = tl.split(tl.reshape(both, (both.shape[0], WIDTH // 8, 2)))
-            else:
-                signs = tl.load(page + PAGE_TOKENS * ROW3 + in_words, mask=seen, other=0)
-                word3 = tl.max_contiguous(sign // READ * (2 * READ) + sign % READ, [1, READ])
-                word3 = page + row * ROW3 + tl.multiple_of(word3, [1, READ])
-                first = tl.load(word3, mask=seen, other=0)
-                second = tl.load(word3 + READ, mask=seen, other=0)
-            if OUT == tl.int8:
-                return _eight_outputs(PTX, "r,r,r" + ",r" * 4, (first, second, signs, words[0]), OUT)
-            else:
-                return _eight_outputs(
-                    PTX, "r,r,r" + ",r" * 8, (first, second, signs, words[0], words[1]), OUT
-                )
+            word = tl.max_contiguous(byte // READ * (2 * READ) + byte % READ, [1, READ])
+            word = page + token * FIRST_ROW + tl.multiple_of(word, [1, READ])
+            w0 = tl.load(word, mask=seen, other=0)
+            w1 = tl.load(word + READ, mask=seen, other=0)
+            a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+                PTX,
+                "=&r," * 8 + "r,r,r,r,r,r,r",
+                (w0, w1, p0, words[0]),
+                dtype=(tl.int8,) * 8,
+                is_pure=True,
+                pack=4,
+            )
         else:
-            # Not byte by byte: the assembly relies on a register holding the four bytes of a word, so each thread
-            # must load whole words.
-            word = tl.max_contiguous(sign // 4 * 16 + sign % 4, [1, 4])
-            word = page + row * (HEAD_DIM // 2) + tl.multiple_of(word, [1, 4])
+            # Not byte by byte: the assembly relies on a register holding the four bytes of a word.
+            word = tl.max_contiguous(byte // 4 * 16 + byte % 4, [1, 4])
+            word = page + token * FIRST_ROW + tl.multiple_of(word, [1, 4])
             w0 = tl.load(word, mask=seen, other=0)
             w1 = tl.load(word + 4, mask=seen, other=0)
             w2 = tl.load(word + 8, mask=seen, other=0)
             w3 = tl.load(word + 12, mask=seen, other=0)
-            plane = page + PAGE_TOKENS * (HEAD_DIM // 2) + in_words
-            p0 = tl.load(plane, mask=seen, other=0)
             if BITS == 5:
-                return _eight_outputs(
-                    PTX, "r,r,r,r,r" + ",r" * 8, (w0, w1, w2, w3, p0, words[0], words[1]), OUT
+                a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+                    PTX,
+                    "=&r," * 8 + "r,r,r,r,r" + ",r" * 8,
+                    (w0, w1, w2, w3, p0, words[0], words[1]),
+                    dtype=(tl.int8,) * 8,
+                    is_pure=True,
+                    pack=4,
                 )
             else:
                 p1 = tl.load(plane + PAGE_TOKENS * SIGN_ROW, mask=seen, other=0)
-                operands = (w0, w1, w2, w3, p0, p1, words[0], words[1], words[2], words[3])
-                return _eight_outputs(PTX, "r,r,r,r,r,r" + ",r" * 16, operands, OUT)
+                a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+                    PTX,
+                    "=&r," * 8 + "r,r,r,r,r,r" + ",r" * 16,
+                    (w0, w1, w2, w3, p0, p1, words[0], words[1], words[2], words[3]),
+                    dtype=(tl.int8,) * 8,
+                    is_pure=True,
+                    pack=4,
+                )
+        keys = _beside(_beside(_beside(a, b), _beside(c, d)), _beside(_beside(e, f), _beside(g, h)))
+    return keys
+
+
+@triton.jit
+def load_values(
+    page,
+    quad_page,
+    tables,
+    words,
+    BITS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PTX: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+    OUT: tl.constexpr,
+):
+    """OUT [WIDTH, T]: the values' levels in steps, c + 1/2, padding with any of them.
+
+    T tokens of whole pages in the order of `token_of`. page: pointers [T] to the first byte of the values of the
+    tokens' pages; quad_page: [T / 4], of every fourth one. tables, words: as `load_keys` takes them.
+    """
+    QUADS: tl.constexpr = quad_page.shape[0]
+    if PTX == "":
+        coord = tl.arange(0, WIDTH)[:, None]
+        slot = (tl.arange(0, 4 * QUADS) % PAGE_TOKENS)[None, :]
+        codes = _load_codes(page[None, :], slot, coord, BITS, HEAD_DIM, 1, 4, PAGE_TOKENS)
+        values = (tl.load(tables + codes).to(tl.float32) + 0.5).to(OUT)
+    else:
+        quad = (tl.arange(0, QUADS) % (PAGE_TOKENS // 4))[:, None]
+        FIRST: tl.constexpr = 2 if BITS == 3 else BITS
+        ROW: tl.constexpr = 4 * HEAD_DIM * FIRST // 8
+        COLUMNS: tl.constexpr = WIDTH * FIRST // 8
+        byte = tl.arange(0, 4 * COLUMNS)[None, :]
+        first = tl.load(quad_page[:, None] + quad * ROW + byte, mask=byte < ROW, other=0)
+        if BITS == 8:
+            codes = tl.reshape(first, (QUADS, COLUMNS, 4))
+            a = tl.inline_asm_elementwise(PTX, "=&r,=&r,r", (codes,), dtype=tl.bfloat16, is_pure=True, pack=4)
+            values = _coordinates_first(a)
+        elif BITS == 4:
+            codes = tl.reshape(first, (QUADS, COLUMNS, 4))
+            a, b = tl.inline_asm_elementwise(
+                PTX,
+                "=&r," * 4 + "r,r,r,r,r,r,r,r,r",
+                (codes, words[0], words[1]),
+                dtype=(tl.bfloat16,) * 2,
+                is_pure=True,
+                pack=4,
+            )
+            values = _above(_coordinates_first(a), _coordinates_first(b))
+        elif BITS == 2:
+            codes = tl.reshape(first, (QUADS, COLUMNS, 4))
+            a, b, c, d = tl.inline_asm_elementwise(
+                PTX,
+                "=&r," * 8 + "r,r,r,r,r,r,r,r,r",
+                (codes, words[0], words[1]),
+                dtype=(tl.bfloat16,) * 4,
+                is_pure=True,
+                pack=4,
+            )
+            low = _above(_coordinates_first(a), _coordinates_first(b))
+            values = _above(low, _above(_coordinates_first(c), _coordinates_first(d)))
+        else:
+            SIGN_ROW: tl.constexpr = 4 * HEAD_DIM // 8
+            sign = tl.arange(0, WIDTH // 2)[None, :]
+            plane = quad_page[:, None] + PAGE_TOKENS * HEAD_DIM // 4
+            signs = tl.load(plane + quad * SIGN_ROW + sign, mask=sign < SIGN_ROW, other=0)
+            pairs = tl.permute(tl.reshape(first, (QUADS, COLUMNS // 2, 2, 4)), (0, 1, 3, 2))
+            w0, w1 = tl.split(pairs)
+            a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+                PTX,
+                "=&r," * 16 + "r,r,r,r,r,r,r,r,r,r,r",
+                (w0, w1, tl.reshape(signs, (QUADS, WIDTH // 8, 4)), words[0], words[1]),
+                dtype=(tl.bfloat16,) * 8,
+                is_pure=True,
+                pack=4,
+            )
+            low = _above(_coordinates_first(a), _coordinates_first(b))
+            low = _above(low, _above(_coordinates_first(c), _coordinates_first(d)))
+            high = _above(_coordinates_first(e), _coordinates_first(f))
+            values = _above(low, _above(high, _above(_coordinates_first(g), _coordinates_first(h))))
+    return values

@@ -36,8 +36,10 @@ from turboquant_kernels.unpack import (
     level_tables,
     levels_ptx,
     load_bits,
-    load_levels,
+    load_keys,
+    load_values,
     table_words,
+    token_of,
 )
 
 if TYPE_CHECKING:
@@ -122,6 +124,11 @@ def attend_items(
     )
 
 
+def value_unit(codec: Codec) -> float:
+    """What the sums of this kernel count in: a step of the value codebook."""
+    return codebook(codec.fmt.value_bits, codec.head_dim).step
+
+
 def _constants(codec: Codec, launch: Launch, kv_heads: int, group: int, block_size: int) -> dict[str, Any]:
     """What the kernel is specialized to."""
     fmt, layout, head_dim = codec.fmt, codec.layout, codec.head_dim
@@ -131,7 +138,7 @@ def _constants(codec: Codec, launch: Launch, kv_heads: int, group: int, block_si
         "WIDTH": triton.next_power_of_2(head_dim),
         "KV_HEADS": kv_heads,
         "GROUP": group,
-        "BLOCK_SIZE": block_size,
+        "BLOCK_PAGES": block_size // PAGE_TOKENS,
         "PAGE_TOKENS": PAGE_TOKENS,
         "PAGE_BYTES": layout.page_bytes,
         "KEY_BITS": fmt.key_code_bits,
@@ -202,6 +209,13 @@ def _products(left, right):
 
 
 @triton.jit
+def _page_offset(index, table, block_stride, BLOCK_PAGES: tl.constexpr, STRIDE: tl.constexpr):
+    """Byte offset of a sequence's pages in the cache, int64; pages of a block lie STRIDE apart."""
+    block = tl.load(table + index // BLOCK_PAGES).to(tl.int64)
+    return block * block_stride + index % BLOCK_PAGES * STRIDE
+
+
+@triton.jit
 def _attend_items(
     items,  # int32 [max_items, 4]: `schedule.Schedule.items`
     query_codes,  # int8 [tokens, q_heads, 2, D]
@@ -225,7 +239,7 @@ def _attend_items(
     WIDTH: tl.constexpr,  # HEAD_DIM padded to a power of two
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,  # query heads of a KV head
-    BLOCK_SIZE: tl.constexpr,
+    BLOCK_PAGES: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
     PAGE_BYTES: tl.constexpr,
     KEY_BITS: tl.constexpr,
@@ -279,30 +293,36 @@ def _attend_items(
         )
         norm_scale = tl.load(projected_scale + query_row, mask=used, other=0.0)
 
-    key_words = table_words(key_tables, KEY_BITS, KEY_PTX, tl.int8)
-    value_words = table_words(value_tables, VALUE_BITS, VALUE_PTX, WEIGHT)
+    key_words = table_words(key_tables, KEY_BITS, KEY_PTX, False)
+    value_words = table_words(value_tables, VALUE_BITS, VALUE_PTX, True)
     maximum = tl.full([ROWS], _NOTHING, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     result = tl.zeros([WIDTH, ROWS], tl.float32)
     last_page = (seq_len - 1) // PAGE_TOKENS
     table = block_table + seq.to(tl.int64) * table_stride
-    in_tile = tl.arange(0, TILE)
+    head_pages = cache + kv_head * PAGE_BYTES
+    # Tokens of a page stand in the order of their values' bytes.
+    slot = tl.arange(0, TILE)
+    token = token_of(slot % PAGE_TOKENS)
+    quad = tl.arange(0, TILE // 4)
     for start in tl.range(begin, end, TILE, num_stages=STAGES):
-        key_position = start + in_tile
-        # Tokens beyond the end read the last page; they are masked below.
-        page_index = tl.minimum(key_position // PAGE_TOKENS, last_page)
-        block = tl.load(table + page_index // (BLOCK_SIZE // PAGE_TOKENS)).to(tl.int64)
-        page_in_block = page_index % (BLOCK_SIZE // PAGE_TOKENS)
-        page = cache + block * block_stride + (page_in_block * KV_HEADS + kv_head) * PAGE_BYTES
-        in_page = in_tile % PAGE_TOKENS
+        first_page = start // PAGE_TOKENS
+        # Pages beyond the end read the last one; their tokens are masked below.
+        page_index = tl.minimum(first_page + slot // PAGE_TOKENS, last_page)
+        page = head_pages + _page_offset(page_index, table, block_stride, BLOCK_PAGES, KV_HEADS * PAGE_BYTES)
+        quad_index = tl.minimum(first_page + quad // (PAGE_TOKENS // 4), last_page)
+        quad_page = head_pages + _page_offset(
+            quad_index, table, block_stride, BLOCK_PAGES, KV_HEADS * PAGE_BYTES
+        )
+        key_position = start + slot // PAGE_TOKENS * PAGE_TOKENS + token
         stored = key_position < seq_len
-        scales = (page + SCALES_OFFSET).to(tl.pointer_type(tl.float16), bitcast=True) + in_page * SCALES
+        scales = (page + SCALES_OFFSET).to(tl.pointer_type(tl.float16), bitcast=True) + token * SCALES
         key_scale = tl.load(scales, mask=stored, other=0.0).to(tl.float32)
         value_scale = tl.load(scales + 1, mask=stored, other=0.0).to(tl.float32)
 
-        keys = load_levels(
+        keys = load_keys(
             page[:, None],
-            in_page[:, None],
+            token[:, None],
             key_tables,
             key_words,
             KEY_BITS,
@@ -311,15 +331,15 @@ def _attend_items(
             KEY_READ,
             KEY_PTX,
             PAGE_TOKENS,
-            tl.int8,
         )
         logit = (_products(keys, query) + half_sum[None, :]) * (scale[None, :] * key_scale[:, None])
         if SIGNS_OFFSET > 0:
             norm = tl.load(scales + 2, mask=stored, other=0.0).to(tl.float32)
             signs = load_bits(
-                (page + SIGNS_OFFSET + in_page * (HEAD_DIM // 8))[:, None],
+                (page + SIGNS_OFFSET + token * (HEAD_DIM // 8))[:, None],
                 tl.arange(0, WIDTH)[None, :],
                 tl.arange(0, WIDTH)[None, :] < HEAD_DIM,
+                1,
                 1,
             )
             residual = _products((1 - 2 * signs).to(tl.int8), projected)
@@ -341,20 +361,19 @@ def _attend_items(
         low = (weight - high.to(tl.float32)).to(WEIGHT)
         weights = tl.reshape(tl.join(high, low), (TILE, 2 * ROWS))
 
-        values = load_levels(
-            (page + VALUE_OFFSET)[:, None],
-            in_page[:, None],
+        values = load_values(
+            page + VALUE_OFFSET,
+            quad_page + VALUE_OFFSET,
             value_tables,
             value_words,
             VALUE_BITS,
             HEAD_DIM,
             WIDTH,
-            1,
             VALUE_PTX,
             PAGE_TOKENS,
             WEIGHT,
         )
-        both = tl.dot(tl.trans(values), weights, out_dtype=tl.float32)
+        both = tl.dot(values, weights, out_dtype=tl.float32)
         of_high, of_low = tl.split(tl.reshape(both, (WIDTH, ROWS, 2)))
         result = result * decay[None, :] + (of_high + of_low)
 
