@@ -1,0 +1,229 @@
+"""Launches of the Hopper kernel: which caches it reads, how it is launched, what it is specialized to."""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import torch
+import triton
+from triton.experimental.gluon import language as gl
+
+from turboquant_kernels.aot import AotVariant
+from turboquant_kernels.codebook import codebook
+from turboquant_kernels.codec import Codec
+from turboquant_kernels.decode.fragments import WORD_SHIFT, fragment, level_table, table_registers
+from turboquant_kernels.decode.hopper_kernel import WEIGHT_ONE, decode_kernel
+from turboquant_kernels.formats import PAGE_TOKENS, Encoding, KVFormat
+from turboquant_kernels.packing import PLANES
+from turboquant_kernels.queries.reference import QuantizedQueries
+
+HEAD_DIMS = {64: (64,), 128: (128,), 192: (128, 64), 256: (128, 128)}
+"""Head dimensions of this kernel, each as the blocks of coordinates that are read at once."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the kernel is launched for one format, head dimension and number of rows."""
+
+    rows: int
+    """Query heads times query tokens that a program holds: 4 or 8."""
+    pages: int
+    """Pages of a warp's tile."""
+    programs_per_sm: int
+    """Programs that fit on a multiprocessor, for the number of splits."""
+    ahead: int
+    """Tiles that are asked into the L2 cache before they are loaded."""
+    max_registers: int | None
+    """Registers of a thread at most."""
+    num_warps: int = 4
+
+    @property
+    def tile_tokens(self) -> int:
+        """Tokens that a program reads at a time."""
+        return self.num_warps * self.pages * PAGE_TOKENS
+
+    def row_groups(self, rows: int) -> int:
+        """Programs that share the rows of one KV head."""
+        return triton.cdiv(rows, self.rows)
+
+
+def supports(fmt: KVFormat, head_dim: int, capability: int, block_stride: int) -> bool:
+    """Whether this kernel reads a cache of this format, with blocks `block_stride` bytes apart."""
+    known = fmt.encoding is Encoding.MSE and not fmt.anchor and head_dim in HEAD_DIMS
+    return known and capability == 90 and block_stride % 16 == 0
+
+
+def launch_of(fmt: KVFormat, head_dim: int, rows: int) -> Launch:
+    """The tuned launch for `rows` rows (query heads of a KV head times query tokens)."""
+    held = 4 if rows <= 4 else 8
+    asked = {"head_dim": head_dim, "rows": held, "key_bits": fmt.key_bits, "value_bits": fmt.value_bits}
+    for rule in _rules():
+        if all(asked[name] in values for name, values in rule["where"].items()):
+            return Launch(rows=held, **rule["launch"])
+    raise AssertionError("the last rule has no conditions")
+
+
+@cache
+def _rules() -> list[dict[str, Any]]:
+    """Launches as tuned on the GPUs that the file names; the first rule whose conditions hold is taken."""
+    return json.loads(files("turboquant_kernels").joinpath("tuning/hopper_decode.json").read_text())["rules"]
+
+
+def attend_items(
+    codec: Codec,
+    launch: Launch,
+    queries: QuantizedQueries,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    items: torch.Tensor,
+    partial: torch.Tensor,
+    stats: torch.Tensor,
+    *,
+    query_len: int,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> None:
+    """Fills the partial results of the items of a schedule; arguments are those of `portable.attend_items`.
+
+    Attended values come in units of `value_unit`.
+    """
+    _, block_size, kv_heads, _ = kv_cache.shape
+    group = queries.codes.shape[1] // kv_heads
+    constexprs = _constexprs(
+        codec.fmt,
+        codec.head_dim,
+        launch,
+        kv_heads,
+        group,
+        query_len,
+        block_size,
+        window is not None,
+        bool(soft_cap),
+    )
+    words = kv_cache.view(torch.int32)
+    decode_kernel[len(items), kv_heads * launch.row_groups(group * query_len)](
+        partial,
+        stats,
+        queries.codes,
+        queries.scale,
+        queries.half_sum,
+        words,
+        block_table,
+        seq_lens,
+        items,
+        _device_tables(codec.fmt, codec.head_dim, kv_cache.device),
+        words.stride(0),
+        block_table.stride(0),
+        query_len,
+        window or 0,
+        (soft_cap or 1.0) * math.log2(math.e),
+        **constexprs,
+        OFFSET=_offset_type(words),
+        num_warps=launch.num_warps,
+        **({"maxnreg": launch.max_registers} if launch.max_registers else {}),
+    )
+
+
+def value_unit(codec: Codec) -> float:
+    """What the sums of this kernel count in: a step of the value codebook times the unit of a weight."""
+    return codebook(codec.fmt.value_bits, codec.head_dim).step / WEIGHT_ONE.value
+
+
+def variants() -> Iterator[AotVariant]:
+    """Formats of the tiers and of the benchmarks at every head dimension, the others at 128, one and more
+    rows."""
+    pointers = {"partial": "*fp32", "stats": "*fp32", "queries": "*i8", "query_scale": "*fp32"}
+    pointers |= {"query_half_sum": "*fp32", "kv_cache": "*i32", "block_table": "*i32", "seq_lens": "*i32"}
+    pointers |= {"items": "*i32", "tables": "*i32"}
+    numbers = {
+        "block_stride": "i32",
+        "block_table_stride": "i32",
+        "query_len": "i32",
+        "window": "i32",
+        "soft_cap": "fp32",
+    }
+    names = ("tq-k4v4", "tq-k3v3", "tq-k8v4", "tq-k5v3", "tq-k4v2", "tq-k6v8", "tq-k2v2")
+    for head_dim in HEAD_DIMS:
+        for name in names if head_dim == 128 else names[:4]:
+            fmt = KVFormat.parse(name)
+            for rows in (4, 8):
+                launch = launch_of(fmt, head_dim, rows)
+                options = {"maxnreg": launch.max_registers} if launch.max_registers else {}
+                yield AotVariant(
+                    name=f"decode-hopper-{name.removeprefix('tq-')}-d{head_dim}-r{rows}",
+                    kernel=decode_kernel,
+                    signature=pointers | numbers,
+                    constexprs=_constexprs(fmt, head_dim, launch, 8, rows, 1, 16, False, False)
+                    | {"OFFSET": gl.int32},
+                    num_warps=launch.num_warps,
+                    options=options,
+                    divisible=("block_stride", "block_table_stride"),
+                    capabilities=(90,),
+                )
+
+
+@cache
+def _constexprs(
+    fmt: KVFormat,
+    head_dim: int,
+    launch: Launch,
+    kv_heads: int,
+    group: int,
+    query_len: int,
+    block_size: int,
+    window: bool,
+    soft_cap: bool,
+) -> dict[str, Any]:
+    """What the kernel is specialized to, but for the width of offsets."""
+
+    def text(bits: int, words: int) -> tuple[str, str]:
+        piece = fragment(bits, words, level_table(bits, head_dim))
+        return piece.text, piece.constraints
+
+    # Each block of coordinates has its own number of words of keys in a lane. Values of 3 bits take words
+    # in pairs.
+    key_asm = tuple(
+        text(fmt.key_bits, block * PLANES[fmt.key_bits][0] // 128) for block in HEAD_DIMS[head_dim]
+    )
+    return {
+        "KV_HEADS": kv_heads,
+        "GROUP": group,
+        "ROW_GROUPS": launch.row_groups(group * query_len),
+        "R": launch.rows,
+        "D": head_dim,
+        "KEY_BITS": fmt.key_bits,
+        "VALUE_BITS": fmt.value_bits,
+        "KEY_ASM": key_asm,
+        "VALUE_ASM": text(fmt.value_bits, 2 if fmt.value_bits == 3 else 1),
+        "KEY_REGISTERS": len(_table_words(fmt.key_bits, head_dim)),
+        "VALUE_REGISTERS": len(_table_words(fmt.value_bits, head_dim)),
+        "PAGES_OF_BLOCK": block_size // PAGE_TOKENS,
+        "W": launch.num_warps,
+        "P": launch.pages,
+        "AHEAD": launch.ahead,
+        "WINDOW": window,
+        "SOFT_CAP": soft_cap,
+    }
+
+
+def _table_words(bits: int, head_dim: int) -> list[int]:
+    """The words that a fragment takes from registers: those of its table, then `WORD_SHIFT`."""
+    table = level_table(bits, head_dim)
+    return [*(table[i] for i in table_registers(bits)), WORD_SHIFT]
+
+
+@cache
+def _device_tables(fmt: KVFormat, head_dim: int, device: torch.device) -> torch.Tensor:
+    """int32 [words, 32]: the words for keys and for values, a copy for each lane."""
+    words = _table_words(fmt.key_bits, head_dim) + _table_words(fmt.value_bits, head_dim)
+    return torch.tensor(words, dtype=torch.int32)[:, None].repeat(1, 32).to(device)
+
+
+def _offset_type(words: torch.Tensor) -> gl.dtype:
+    """64-bit offsets cost instructions; 32-bit ones of 4-byte words reach 8 GiB."""
+    return gl.int32 if words.shape[0] * words.stride(0) < 1 << 31 else gl.int64

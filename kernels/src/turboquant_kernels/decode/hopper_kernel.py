@@ -1,0 +1,475 @@
+"""Decode attention for Hopper, in Gluon: an item's compressed pages to its partial result.
+
+Each warp owns whole tokens and keeps everything in registers. A tile of 32 or 64 tokens goes
+
+    packed words -> int8 operands -> logits -> weights -> int8 operands -> attended
+
+without shared memory or barriers; the warps of a program are merged once, at its end. What makes it fast
+(measured in docs/benchmarks.md):
+
+- Tokens are the M dimension of `mma.m16n8k32`, and rows (query heads of a KV head, times query tokens) the N
+  dimension, two columns each: the int8 halves of a 16-bit query. Four rows need no padding.
+- Pages are read as they are stored, up to 16 bytes a lane, one tile ahead; `fragments` says how codes
+  become operands in about 8 instructions for 8 codes, of which as few as can be take the pipe of look-ups
+  and logic, the busiest.
+- Integer sums are exact, so weights are 15-bit fixed-point numbers in two int8 halves.
+
+Logits are in base 2. A value's scale multiplies its token's weight, so its logarithm is added to the logit
+that the running maximum is taken of, and the weights are relative to that. Levels are step * (c + 1/2): the
+halves enter by the sum of the query's coordinates and the sum of the weights.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+from turboquant_kernels.decode.operands import (
+    MOVE,
+    basis,
+    bytes_of_words,
+    key_operand,
+    load_keys,
+    load_queries,
+    load_table,
+    load_values,
+    value_chunks,
+    value_operand,
+)
+
+WEIGHT_ONE = gl.constexpr(32512.0)
+"""Fixed-point weight of the largest token: 127 * 256, so that both halves are int8."""
+_MAGIC = gl.constexpr(12582912.0)
+"""1.5 * 2**23: a float32 above it holds an integer in its low bits."""
+_MAGIC_BITS = gl.constexpr(0x4B400000)
+_NOTHING = gl.constexpr(-1e30)
+"""Logit of a token that a row does not see; finite, so that no difference of two is NaN."""
+
+# Two tokens' fixed-point weights of one row -> their high and low bytes as two 16-bit elements, transposed
+# across the warp so that lanes hold tokens where they held rows. The low byte is made signed.
+_WEIGHTS = gl.constexpr(
+    "{ .reg .b32 y; prmt.b32 y, $1, $2, 0x4051; xor.b32 y, y, 0x80800000;"
+    " movmatrix.sync.aligned.m8n8.trans.b16 $0, y; }"
+)
+_PREFETCH = gl.constexpr("{ prefetch.global.L2 [$1]; mov.b32 $0, 0; }")
+_LOG2 = gl.constexpr("lg2.approx.ftz.f32 $0, $1;")
+_MASK = gl.constexpr("{ .reg .f32 x; sub.sat.f32 x, $1, $2; fma.rn.f32 $0, x, 0fF149F2CA, $3; }")  # -1e30
+# Four tokens' weights -> two registers of two, with a zero after, and before, each.
+_LOW_WEIGHTS = gl.constexpr("{ prmt.b32 $0, $2, 0, 0x4140; prmt.b32 $1, $2, 0, 0x4342; }")
+_HIGH_WEIGHTS = gl.constexpr("{ prmt.b32 $0, $2, 0, 0x1404; prmt.b32 $1, $2, 0, 0x3424; }")
+
+
+@gluon.constexpr_function
+def _scale_layout(warps, pages):
+    """[warps, pages, 2, 8, 2]: token 8 * n0 + r of a page in the four lanes of row r; key and value scale."""
+    registers = basis(4, 2, 5) + basis(2, 2, 5) + basis(1, pages, 5)
+    lanes = [[0] * 5, [0] * 5, *basis(3, 8, 5)]
+    return gl.DistributedLinearLayout(registers, lanes, basis(0, warps, 5), [], [warps, pages, 2, 8, 2])
+
+
+@gluon.constexpr_function
+def _page_layout(warps, pages):
+    """[warps, pages]: every lane holds those of its warp."""
+    return gl.DistributedLinearLayout(
+        basis(1, pages, 2), [[0, 0]] * 5, basis(0, warps, 2), [], [warps, pages]
+    )
+
+
+@gluon.jit
+def _attend(
+    attended, decay, v, weights, W: gl.constexpr, M: gl.constexpr, R: gl.constexpr, mma: gl.constexpr
+):
+    """attended * decay + v @ weights, of which the columns are high and low halves: float32 [W, M, R]."""
+    pv = mma_v2(v, weights, gl.full([W, M, 2 * R], _MAGIC_BITS, gl.int32, mma))
+    high, low = gl.split(gl.reshape(pv.to(gl.float32, bitcast=True), [W, M, R, 2]))
+    decay = gl.convert_layout(decay, gl.SliceLayout(1, high.type.layout), assert_trivial=True)[:, None, :]
+    return (attended * decay + (low - _MAGIC)) + (high - _MAGIC) * 256.0
+
+
+@gluon.jit
+def _no_attended(W: gl.constexpr, M: gl.constexpr, R: gl.constexpr, mma: gl.constexpr):
+    """Zeros, float32 [W, M, R], as `_attend` lays its result out."""
+    zero, _ = gl.split(gl.reshape(gl.full([W, M, 2 * R], 0.0, gl.float32, mma), [W, M, R, 2]))
+    return zero
+
+
+@gluon.jit
+def _weight_operand(
+    moved, W: gl.constexpr, P: gl.constexpr, R: gl.constexpr, B: gl.constexpr, ZEROS: gl.constexpr
+):
+    """Transposed weights, int32 [W, P * R / 4, 32, 1, 4] -> int8 [W, 16 P tokens, 2 R].
+
+    ZEROS: two such operands [W, 32 P, 2 R], each token's weight followed by a zero, and after one.
+    """
+    N: gl.constexpr = R // 4
+    if ZEROS:
+        a, b = gl.inline_asm_elementwise(
+            _LOW_WEIGHTS, "=&r,=&r,r,r,r,r", [moved], dtype=(gl.int8, gl.int8), is_pure=True, pack=4
+        )
+        c, d = gl.inline_asm_elementwise(
+            _HIGH_WEIGHTS, "=&r,=&r,r,r,r,r", [moved], dtype=(gl.int8, gl.int8), is_pure=True, pack=4
+        )
+        low = gl.permute(
+            gl.reshape(gl.join(a, b), [W, P, N, 8, 4, 4, 2]), [0, 1, 6, 4, 5, 2, 3]
+        )  # page half t byte | column
+        high = gl.permute(gl.reshape(gl.join(c, d), [W, P, N, 8, 4, 4, 2]), [0, 1, 6, 4, 5, 2, 3])
+        low = gl.convert_layout(gl.reshape(low, [W, P * 32, 2 * R]), B, assert_trivial=True)
+        high = gl.convert_layout(gl.reshape(high, [W, P * 32, 2 * R]), B, assert_trivial=True)
+        return (low, high)
+    else:
+        x = gl.inline_asm_elementwise(MOVE, "=r,r,r,r,r", [moved], dtype=gl.int8, is_pure=True, pack=4)
+        x = gl.permute(gl.reshape(x, [W, P, N, 8, 4, 4]), [0, 1, 4, 5, 2, 3])
+        return (gl.convert_layout(gl.reshape(x, [W, P * 16, 2 * R]), B, assert_trivial=True),)
+
+
+@gluon.constexpr_function
+def _blocks(head_dim):
+    """Coordinates that are read at once: as wide as loads of 16 bytes allow."""
+    return {64: (64,), 128: (128,), 192: (128, 64), 256: (128, 128)}[head_dim]
+
+
+@gluon.jit
+def _prefetch(base, offset, W: gl.constexpr, P: gl.constexpr, WORDS: gl.constexpr):
+    """Starts the way of P pages of WORDS words a warp to the L2 cache: a line of 128 bytes a lane."""
+    L: gl.constexpr = gl.DistributedLinearLayout(
+        basis(1, P, 3), basis(2, 32, 3), basis(0, W, 3), [], [W, P, 32]
+    )
+    lane = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, L)))[None, None, :]
+    page = gl.convert_layout(offset, gl.SliceLayout(2, L), assert_trivial=True)[:, :, None]
+    for first in gl.static_range(0, WORDS, 1024):
+        line = (base + gl.minimum(first + lane * 32, WORDS - 1)) + page
+        gl.inline_asm_elementwise(_PREFETCH, "=r,l", [line], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _log2_of_scale(scale):
+    """Base-2 logarithm of fp16 scales in float32. 2**-40 is added, which is nothing to any scale but zero."""
+    return gl.inline_asm_elementwise(
+        _LOG2, "=f,f", [scale + 2.0**-40], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def _unless_above(position, limit, s):
+    """s, or _NOTHING where position > limit; whole numbers in float32.
+
+    On the pipe of multiplications, which has time; a comparison and a selection take that of the look-ups.
+    """
+    position, limit = gl.broadcast(position, limit)
+    position, s = gl.broadcast(position, s)
+    limit, s = gl.broadcast(limit, s)
+    return gl.inline_asm_elementwise(
+        _MASK, "=&f,f,f,f", [position, limit, s], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def _store_attended(
+    pointer,
+    x,
+    half_weight,
+    share,
+    piece,
+    W: gl.constexpr,
+    R: gl.constexpr,
+    D: gl.constexpr,
+    BITS: gl.constexpr,
+    BLOCK: gl.constexpr,
+):
+    """Merges the warps and stores a piece, float32 [W, M, R], whose rows are in the order of the value
+    operand."""
+    S: gl.constexpr = gl.SliceLayout(1, x.type.layout)
+    half_weight = gl.convert_layout(half_weight, S)[:, None, :]
+    share = gl.convert_layout(share, S)[:, None, :]
+    x = gl.sum((x + half_weight) * share, axis=0)
+    X: gl.constexpr = x.type.layout
+    row = gl.arange(0, x.shape[0], gl.SliceLayout(1, X))[:, None]
+    r = row % 8
+    word = row // 8
+    if BITS == 8:
+        WORDS: gl.constexpr = value_chunks(8, BLOCK)[1]
+        coordinate = word // WORDS * (8 * WORDS) + r * WORDS + word % WORDS
+    elif BITS == 4:
+        WORDS: gl.constexpr = value_chunks(4, BLOCK)[1]
+        coordinate = word // WORDS * (16 * WORDS) + r * (2 * WORDS) + word % WORDS * 2 + piece
+    else:
+        coordinate = r * (BLOCK // 8) + word // 2 * 4 + word % 2 + 2 * piece
+    query = gl.arange(0, R, gl.SliceLayout(0, X))[None, :]
+    gl.store(pointer + query * D + coordinate, x)
+
+
+@gluon.jit
+def decode_kernel(
+    partial,
+    stats,
+    queries,
+    query_scale,
+    query_half_sum,
+    kv_cache,
+    block_table,
+    seq_lens,
+    items,
+    tables,
+    block_stride,
+    block_table_stride,
+    query_len,
+    window,
+    soft_cap,
+    KV_HEADS: gl.constexpr,
+    GROUP: gl.constexpr,
+    ROW_GROUPS: gl.constexpr,
+    R: gl.constexpr,
+    D: gl.constexpr,
+    KEY_BITS: gl.constexpr,
+    VALUE_BITS: gl.constexpr,
+    KEY_ASM: gl.constexpr,
+    VALUE_ASM: gl.constexpr,
+    KEY_REGISTERS: gl.constexpr,
+    VALUE_REGISTERS: gl.constexpr,
+    PAGES_OF_BLOCK: gl.constexpr,
+    OFFSET: gl.constexpr,
+    W: gl.constexpr,
+    P: gl.constexpr,
+    AHEAD: gl.constexpr,
+    WINDOW: gl.constexpr,
+    SOFT_CAP: gl.constexpr,
+):
+    T: gl.constexpr = P * 16
+    N: gl.constexpr = 2 * R
+    BLOCKS: gl.constexpr = _blocks(D)
+    CODE_WORDS: gl.constexpr = D * (KEY_BITS + VALUE_BITS) // 2
+    PAGE_WORDS: gl.constexpr = CODE_WORDS + 16
+    mma: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[2, 0], warps_per_cta=[W, 1, 1], instr_shape=[1, 16, 8]
+    )
+    A: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
+    B: gl.constexpr = gl.DotOperandLayout(1, mma, 4)
+    SCALES: gl.constexpr = _scale_layout(W, P)
+    PAGES: gl.constexpr = _page_layout(W, P)
+
+    item = gl.program_id(0)
+    sequence = gl.load(items + 4 * item)
+    first_page = gl.load(items + 4 * item + 1)
+    end_page = gl.load(items + 4 * item + 2)
+    if first_page >= end_page:
+        return
+    head = gl.program_id(1) // ROW_GROUPS
+    group = gl.program_id(1) % ROW_GROUPS
+    seq_len = gl.load(seq_lens + sequence)
+
+    # Rows: query head g of token i is row i * G + g, where G query heads share the KV head.
+    G: gl.constexpr = GROUP
+    total_rows = query_len * G
+
+    # Queries: int8 [tokens, q_heads, 2, D]; column 2 r of the operand is the high half of row r.
+    column = gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(1, B)))[None, None, :]
+    row = group * R + column // 2
+    token = sequence * query_len + row // G
+    query_head = head * G + row % G
+    q_row = ((token * (KV_HEADS * G) + query_head) * 2 + column % 2) * D
+    no_warp = gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, B)))[:, None, None] * 0
+    q = ()
+    for i in gl.static_range(len(BLOCKS)):
+        q = q + (
+            load_queries(
+                queries + i * 128,
+                q_row + no_warp,
+                (row < total_rows) & (no_warp == 0),
+                R,
+                W,
+                KEY_BITS,
+                BLOCKS[i],
+                B,
+            ),
+        )
+
+    key_registers = load_table(tables, KEY_REGISTERS, W, P)
+    value_registers = load_table(tables + 32 * KEY_REGISTERS, VALUE_REGISTERS, W, P)
+
+    # Each warp takes P pages of a tile of W * P.
+    mine = (
+        gl.arange(0, W, gl.SliceLayout(1, PAGES))[:, None] * P
+        + gl.arange(0, P, gl.SliceLayout(0, PAGES))[None, :]
+    )
+    table_row = block_table + sequence * block_table_stride
+    keys_at = kv_cache + head * PAGE_WORDS
+    values_at = keys_at + D * KEY_BITS // 2
+    scales_at = (keys_at + CODE_WORDS).to(gl.pointer_type(gl.float16), bitcast=True)
+    s_r = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(4, SCALES)))))
+    s_n = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, gl.SliceLayout(4, SCALES)))))
+    s_kv = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, SCALES)))))
+    scale_within = (s_n[None, None, :, None, None] * 8 + s_r[None, None, None, :, None]) * 2 + s_kv[
+        None, None, None, None, :
+    ]
+
+    page = gl.minimum(first_page + mine, end_page - 1)
+    block = gl.load(table_row + page // PAGES_OF_BLOCK).to(OFFSET)
+    offset = block * block_stride + (page % PAGES_OF_BLOCK) * (KV_HEADS * PAGE_WORDS)
+    keys = ()
+    values = ()
+    for i in gl.static_range(len(BLOCKS)):
+        keys = keys + (load_keys(keys_at, offset, W, P, KEY_BITS, D, BLOCKS[i], i * 128),)
+        values = values + (load_values(values_at, offset, W, P, VALUE_BITS, D, BLOCKS[i], i * 128),)
+    scale_offset = gl.convert_layout(
+        offset, gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, SCALES))), assert_trivial=True
+    )
+    scales = gl.load((scales_at + scale_within) + scale_offset[:, :, None, None, None] * 2)
+    page = gl.minimum(first_page + W * P + mine, end_page - 1)
+    block = gl.load(table_row + page // PAGES_OF_BLOCK).to(OFFSET)
+    if AHEAD > 0:
+        for i in gl.static_range(1, AHEAD + 1):
+            ahead = gl.minimum(first_page + i * W * P + mine, end_page - 1)
+            ahead_block = gl.load(table_row + ahead // PAGES_OF_BLOCK).to(OFFSET)
+            _prefetch(
+                keys_at,
+                ahead_block * block_stride + (ahead % PAGES_OF_BLOCK) * (KV_HEADS * PAGE_WORDS),
+                W,
+                P,
+                PAGE_WORDS,
+            )
+        ahead = gl.minimum(first_page + (AHEAD + 1) * W * P + mine, end_page - 1)
+        ahead_block = gl.load(table_row + ahead // PAGES_OF_BLOCK).to(OFFSET)
+    else:
+        ahead_block = block
+
+    products = gl.full([W, T, N], 0, gl.int32, mma)
+    high, _ = gl.split(gl.reshape(products, [W, T, R, 2]))
+    S: gl.constexpr = high.type.layout  # [W, T, R]
+    ROW: gl.constexpr = gl.SliceLayout(1, S)  # [W, R]
+    row = group * R + gl.arange(0, R, gl.SliceLayout(0, ROW))
+    used = row < total_rows
+    query_token = row // G
+    q_index = (sequence * query_len + query_token) * (KV_HEADS * G) + head * G + row % G
+    no_warp2 = (gl.arange(0, W, gl.SliceLayout(1, ROW)) * 0)[:, None]
+    scale = gl.load(
+        query_scale + q_index[None, :] + no_warp2, mask=(used[None, :] & (no_warp2 == 0)), other=0.0
+    )
+    half_sum = (
+        gl.load(
+            query_half_sum + q_index[None, :] + no_warp2, mask=(used[None, :] & (no_warp2 == 0)), other=0.0
+        )
+        * scale
+    )
+    # Row i of n query tokens sees positions up to seq_len - n + i.
+    last = ((seq_len - query_len + query_token)[None, :] + no_warp2).to(gl.float32)
+
+    maximum = gl.full([W, R], _NOTHING, gl.float32, ROW)
+    warp_token = gl.arange(0, T, gl.SliceLayout(0, gl.SliceLayout(2, S)))[None, :, None]
+    warp_token += gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, S)))[:, None, None] * T
+    warp_token = warp_token.to(gl.float32)
+
+    PIECES: gl.constexpr = 1 if VALUE_BITS == 8 else 2
+    attended = ()
+    for i in gl.static_range(len(BLOCKS)):
+        for _ in gl.static_range(PIECES):
+            attended = attended + (_no_attended(W, BLOCKS[i] // PIECES, R, mma),)
+
+    lane_zero = gl.sum(gl.reshape(gl.full([W, T, R], 0.0, gl.float32, S), [W, 2 * P, 8, R]), axis=1)
+    total = lane_zero  # of each lane's own tokens; summed over lanes at the end
+    weight_sum = lane_zero
+
+    for tile in range(gl.cdiv(end_page - first_page, W * P)):
+        offset = block * block_stride + (page % PAGES_OF_BLOCK) * (KV_HEADS * PAGE_WORDS)
+        if AHEAD > 0:
+            ahead = gl.minimum(first_page + (tile + AHEAD + 1) * (W * P) + mine, end_page - 1)
+            _prefetch(
+                keys_at,
+                ahead_block * block_stride + (ahead % PAGES_OF_BLOCK) * (KV_HEADS * PAGE_WORDS),
+                W,
+                P,
+                PAGE_WORDS,
+            )
+            ahead = gl.minimum(first_page + (tile + AHEAD + 2) * (W * P) + mine, end_page - 1)
+            ahead_block = gl.load(table_row + ahead // PAGES_OF_BLOCK).to(OFFSET)
+        products = gl.full([W, T, N], 0, gl.int32, mma)
+        next_keys = ()
+        for i in gl.static_range(len(BLOCKS)):
+            k8 = key_operand(keys[i], key_registers, W, P, KEY_BITS, BLOCKS[i], i, KEY_ASM, A)
+            products = mma_v2(k8, q[i], products)
+            next_keys = next_keys + (load_keys(keys_at, offset, W, P, KEY_BITS, D, BLOCKS[i], i * 128),)
+        keys = next_keys
+        high, low = gl.split(gl.reshape(products, [W, T, R, 2]))
+        s = (high * 256 + low).to(gl.float32)
+        key_scale, value_scale = gl.split(scales)  # [W, P, 2, 8]
+        scale_offset = gl.convert_layout(
+            offset, gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, SCALES))), assert_trivial=True
+        )
+        scales = gl.load((scales_at + scale_within) + scale_offset[:, :, None, None, None] * 2)
+        key_scale = gl.convert_layout(
+            gl.reshape(key_scale, [W, T]).to(gl.float32), gl.SliceLayout(2, S), assert_trivial=True
+        )[:, :, None]
+        value_scale = gl.convert_layout(
+            gl.reshape(value_scale, [W, T]).to(gl.float32), gl.SliceLayout(2, S), assert_trivial=True
+        )[:, :, None]
+        s = (s * scale[:, None, :] + half_sum[:, None, :]) * key_scale
+        if SOFT_CAP:
+            # cap * tanh(s / cap); s and cap in base 2, so exp2(2 log2(e) s_nat / cap) = exp2(2 s log2(e) /
+            # cap2)
+            s = soft_cap - 2.0 * soft_cap / (gl.exp2(s * (2.8853900817779268 / soft_cap)) + 1.0)
+        position = warp_token + (first_page * 16 + tile * (W * T)).to(gl.float32)
+        s = _unless_above(position, last[:, None, :], s)
+        if WINDOW:
+            s = _unless_above(last[:, None, :], position + (window - 1.0), s)
+        weighted = s + _log2_of_scale(value_scale)
+        new_maximum = gl.maximum(maximum, gl.max(weighted, axis=1))
+        decay = gl.exp2(maximum - new_maximum)
+        maximum = new_maximum
+        p = gl.exp2(weighted - new_maximum[:, None, :])
+        lane_decay = gl.convert_layout(decay, gl.SliceLayout(1, total.type.layout), assert_trivial=True)[
+            :, None, :
+        ]
+        total = total * lane_decay + gl.sum(
+            gl.reshape(gl.exp2(s - new_maximum[:, None, :]), [W, 2 * P, 8, R]), axis=1
+        )
+        weight_sum = weight_sum * lane_decay + gl.sum(gl.reshape(p, [W, 2 * P, 8, R]), axis=1)
+        fixed = p * WEIGHT_ONE + (_MAGIC + 128.0)
+
+        p0, p1 = gl.split(
+            gl.permute(gl.reshape(fixed.to(gl.int32, bitcast=True), [W, P, 2, 8, R]), [0, 1, 3, 4, 2])
+        )
+        if R == 8:
+            p0 = gl.permute(gl.reshape(p0, [W, P, 8, 2, 4]), [0, 1, 3, 2, 4])
+            p1 = gl.permute(gl.reshape(p1, [W, P, 8, 2, 4]), [0, 1, 3, 2, 4])
+        moved = gl.inline_asm_elementwise(_WEIGHTS, "=r,r,r", [p0, p1], dtype=gl.int32, is_pure=True, pack=1)
+        moved = bytes_of_words(gl.reshape(moved, [W, P * R // 4, 32, 1]), W, P * R // 4, 1)
+        weights = _weight_operand(moved, W, P, R, B, PIECES == 2)
+
+        new_attended = ()
+        next_values = ()
+        for i in gl.static_range(len(BLOCKS)):
+            v = value_operand(values[i], value_registers, W, P, VALUE_BITS, BLOCKS[i], VALUE_ASM, A)
+            for piece in gl.static_range(PIECES):
+                x = attended[PIECES * i + piece]
+                new_attended = new_attended + (
+                    _attend(x, decay, v, weights[piece], W, BLOCKS[i] // PIECES, R, mma),
+                )
+            next_values = next_values + (
+                load_values(values_at, offset, W, P, VALUE_BITS, D, BLOCKS[i], i * 128),
+            )
+        attended = new_attended
+        values = next_values
+        page = gl.minimum(first_page + (tile + 2) * (W * P) + mine, end_page - 1)
+        block = gl.load(table_row + page // PAGES_OF_BLOCK).to(OFFSET)
+
+    total = gl.convert_layout(gl.sum(total, axis=1), ROW)
+    half_weight = gl.convert_layout(gl.sum(weight_sum, axis=1), ROW) * (0.5 * WEIGHT_ONE)  # of c + 1/2
+    highest = gl.max(maximum, axis=0)  # [R]
+    share = gl.exp2(maximum - highest[None, :])
+    sums = gl.sum(total * share, axis=0)
+    out_row = (item * KV_HEADS + head) * ROW_GROUPS + group
+    for i in gl.static_range(len(BLOCKS)):
+        for piece in gl.static_range(PIECES):
+            _store_attended(
+                partial + out_row * R * D + i * 128,
+                attended[PIECES * i + piece],
+                half_weight,
+                share,
+                piece,
+                W,
+                R,
+                D,
+                VALUE_BITS,
+                BLOCKS[i],
+            )
+    r = gl.arange(0, R, highest.type.layout)
+    gl.store(stats + (out_row * R + r) * 2, highest)
+    gl.store(stats + (out_row * R + r) * 2 + 1, sums)

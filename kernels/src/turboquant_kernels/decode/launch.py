@@ -1,0 +1,188 @@
+"""Decode attention from queries to output: which kernel reads a cache, on which buffers.
+
+    query -> queries.rotate_queries -> [schedule -> hopper or portable -> merge] -> queries.unrotate -> output
+
+The part in brackets is `attend`. Buffers follow from shapes alone and lengths are read on the device, so a
+call can be captured in a CUDA graph. A workspace serves all layers of one shape in turn; its schedule is
+made once for those that share lengths and window.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from turboquant_kernels.codec import Codec
+from turboquant_kernels.decode import hopper, portable
+from turboquant_kernels.decode.merge import merge
+from turboquant_kernels.decode.schedule import Schedule, fill
+from turboquant_kernels.formats import PAGE_TOKENS
+from turboquant_kernels.packing import pages_of
+from turboquant_kernels.queries.kernel import rotate_queries, unrotate
+from turboquant_kernels.queries.reference import QuantizedQueries
+
+Path = Literal["hopper", "portable"]
+
+
+def path_of(codec: Codec, kv_cache: torch.Tensor) -> Path:
+    """The faster kernel of those that read this cache on its device."""
+    if kv_cache.is_cuda:
+        major, minor = torch.cuda.get_device_capability(kv_cache.device)
+        if hopper.supports(codec.fmt, codec.head_dim, 10 * major + minor, kv_cache.stride(0)):
+            return "hopper"
+    return "portable"
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Buffers of decode attention for one shape: kernel, batch, heads."""
+
+    path: Path
+    launch: hopper.Launch | portable.Launch
+    query_len: int
+    schedule: Schedule
+    partial: torch.Tensor
+    """float32 [items, kv_heads, row_groups, rows, D]: sums of values of the splits."""
+    stats: torch.Tensor
+    """float32 [items, kv_heads, row_groups, rows, 2]: largest logit and sum of weights of each."""
+
+    @classmethod
+    def allocate(
+        cls,
+        codec: Codec,
+        kv_cache: torch.Tensor,
+        num_seqs: int,
+        query_len: int,
+        q_heads: int,
+        path: Path | None = None,
+    ) -> "Workspace":
+        """Room for `num_seqs` sequences of `query_len` query tokens. `path` overrides the choice of kernel.
+
+        Raises ValueError where the cache's shape is not that of the codec's format.
+        """
+        pages_of(kv_cache, codec.layout)
+        kv_heads = kv_cache.shape[2]
+        rows = q_heads // kv_heads * query_len
+        path = path or path_of(codec, kv_cache)
+        launch: hopper.Launch | portable.Launch
+        if path == "hopper":
+            launch = hopper.launch_of(codec.fmt, codec.head_dim, rows)
+        else:
+            launch = portable.launch_of(codec.head_dim, rows)
+        groups = launch.row_groups(rows)
+        slots = max(1, _multiprocessors(kv_cache.device) * launch.programs_per_sm // (kv_heads * groups))
+        schedule = Schedule.empty(num_seqs, slots, kv_cache.device)
+        shape = (len(schedule.items), kv_heads, groups, launch.rows)
+        return cls(
+            path,
+            launch,
+            query_len,
+            schedule,
+            torch.empty(*shape, codec.head_dim, dtype=torch.float32, device=kv_cache.device),
+            torch.empty(*shape, 2, dtype=torch.float32, device=kv_cache.device),
+        )
+
+    def deal_out(self, seq_lens: torch.Tensor, window: int | None) -> None:
+        """Makes the schedule of a step: int32 [num_seqs], query tokens included."""
+        fill(self.schedule, seq_lens, self.query_len, window, self.launch.tile_tokens // PAGE_TOKENS)
+
+
+def attend(
+    codec: Codec,
+    queries: QuantizedQueries,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    query_len: int,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    path: Path | None = None,
+    workspace: Workspace | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of rotated queries, still rotated: float32 [num_seqs * query_len, q_heads, D].
+
+    Arguments are those of `paged_decode`. A given workspace must have its schedule: see `Workspace.deal_out`.
+    """
+    tokens, q_heads, _, head_dim = queries.codes.shape
+    kv_heads = kv_cache.shape[2]
+    if out is None:
+        out = queries.scale.new_empty(tokens, q_heads, head_dim)
+    if workspace is None:
+        workspace = Workspace.allocate(codec, kv_cache, len(seq_lens), query_len, q_heads, path)
+        workspace.deal_out(seq_lens, window)
+    kernel = hopper if workspace.path == "hopper" else portable
+    kernel.attend_items(
+        codec,
+        workspace.launch,
+        queries,
+        kv_cache,
+        block_table,
+        seq_lens,
+        workspace.schedule.items,
+        workspace.partial,
+        workspace.stats,
+        query_len=query_len,
+        window=window,
+        soft_cap=soft_cap,
+    )
+    merge(
+        out,
+        workspace.partial,
+        workspace.stats,
+        workspace.schedule.splits,
+        sinks,
+        query_len=query_len,
+        kv_heads=kv_heads,
+        unit=kernel.value_unit(codec),
+    )
+    return out
+
+
+def paged_decode(
+    codec: Codec,
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    query_len: int,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    path: Path | None = None,
+    workspace: Workspace | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`decode.reference.paged_attention` for a batch of equally many query tokens a sequence.
+
+    query: bf16, fp16 or fp32 [num_seqs * query_len, q_heads, D], those of a sequence one after the other.
+    kv_cache: uint8 [num_blocks, block_size, kv_heads, slot_bytes]. block_table: int32 [num_seqs,
+    max_blocks]. seq_lens: int32 [num_seqs], query tokens included; 0 for a padded row, whose output is
+    zero. sinks: float [q_heads].
+
+    Returns [num_seqs * query_len, q_heads, D] in the query's dtype, or fills and returns `out`.
+    """
+    queries = rotate_queries(codec, query, scale)
+    attended = attend(
+        codec,
+        queries,
+        kv_cache,
+        block_table,
+        seq_lens,
+        query_len=query_len,
+        window=window,
+        soft_cap=soft_cap,
+        sinks=sinks,
+        path=path,
+        workspace=workspace,
+    )
+    return unrotate(codec, attended, torch.empty_like(query) if out is None else out)
+
+
+def _multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; of the interpreter one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
