@@ -360,9 +360,16 @@ MUTATIONS = [
     Mutation(
         "values with the bits of keys",
         "codec.py",
-        "return self._encode(*self._normalize(value), self.fmt.value_bits)",
-        "return self._encode(*self._normalize(value), self.fmt.key_bits)",
+        "self._encode(unit[None], rms[None], self.fmt.value_bits)",
+        "self._encode(unit[None], rms[None], self.fmt.key_bits)",
         "test_codec.py::test_values_have_the_error_of_their_own_bits",
+    ),
+    Mutation(
+        "key and value bits exchanged in the store",
+        "codec.py",
+        "self._encode(unit, rms, self.fmt.key_bits, self.fmt.value_bits)",
+        "self._encode(unit, rms, self.fmt.value_bits, self.fmt.key_bits)",
+        "test_store.py::test_pages_hold_what_was_encoded",
     ),
     Mutation(
         "residual signs inverted",

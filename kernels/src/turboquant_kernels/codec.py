@@ -91,17 +91,24 @@ class Codec:
         return rotated.float() @ self._rotation
 
     def encode(self, key: torch.Tensor, value: torch.Tensor) -> tuple[EncodedVectors, EncodedVectors]:
-        """`encode_keys` and `encode_values` of the same shape, in half the operations for a single token."""
+        """`encode_keys` and `encode_values` of the same shape, in fewer operations: a single token's cost."""
         unit, rms = self._normalize(torch.stack((key, value)))
-        return self._encode_keys(unit[0], rms[0]), self._encode(unit[1], rms[1], self.fmt.value_bits)
+        if self._projection is None:
+            keys, values = self._encode(unit, rms, self.fmt.key_bits, self.fmt.value_bits)
+            return keys, values
+        return self._encode_prod(unit[0], rms[0]), *self._encode(unit[1:], rms[1:], self.fmt.value_bits)
 
     def encode_keys(self, key: torch.Tensor) -> EncodedVectors:
         """Any float [..., D] -> codes and scale and, for PROD, the residual's signs and norm."""
-        return self._encode_keys(*self._normalize(key))
+        unit, rms = self._normalize(key)
+        if self._projection is None:
+            return self._encode(unit[None], rms[None], self.fmt.key_bits)[0]
+        return self._encode_prod(unit, rms)
 
     def encode_values(self, value: torch.Tensor) -> EncodedVectors:
         """Any float [..., D] -> codes and scale."""
-        return self._encode(*self._normalize(value), self.fmt.value_bits)
+        unit, rms = self._normalize(value)
+        return self._encode(unit[None], rms[None], self.fmt.value_bits)[0]
 
     def decode_keys(self, encoded: EncodedVectors) -> torch.Tensor:
         """The keys that attention sees, un-rotated: float32 [..., D]."""
@@ -130,9 +137,7 @@ class Codec:
         """Values of whole pages, still rotated: uint8 [..., page_bytes] -> float32 [..., 16, D]."""
         return self._read(pages, self.layout.value_planes, self.value_order, VALUE_SCALE)
 
-    def _encode_keys(self, unit: torch.Tensor, rms: torch.Tensor) -> EncodedVectors:
-        if self._projection is None:
-            return self._encode(unit, rms, self.fmt.key_bits)
+    def _encode_prod(self, unit: torch.Tensor, rms: torch.Tensor) -> EncodedVectors:
         # Algorithm 2. The first stage takes the scale that leaves the smallest residual, least squares; the
         # second makes the whole unbiased. Relative to rms nothing overflows, however long the vector.
         codes, levels = self._nearest(unit, self.fmt.key_code_bits)
@@ -144,12 +149,14 @@ class Codec:
         norm = _half(row_mean(residual * residual).sqrt() * self.head_dim**0.5 * rms)
         return EncodedVectors(codes, scale.squeeze(-1), signs, norm.squeeze(-1))
 
-    def _encode(self, unit: torch.Tensor, rms: torch.Tensor, bits: int) -> EncodedVectors:
-        codes, levels = self._nearest(unit, bits)
+    def _encode(self, unit: torch.Tensor, rms: torch.Tensor, *bits: int) -> list[EncodedVectors]:
+        """Algorithm 1 for a stack of one or both of keys and values: float32 [len(bits), ..., D]."""
+        codes, levels = zip(*map(self._nearest, unit, bits), strict=True)
         # Unbiased over rotations: <y, scale * levels> = |y|**2. Least squares would shrink every vector by
         # the distortion (12% at 2 bits), which averaging over tokens does not remove.
-        overlap = row_mean(unit * levels).clamp_min(_TINY)
-        return EncodedVectors(codes, _half(rms / overlap).squeeze(-1))
+        overlap = row_mean(unit * torch.stack(levels)).clamp_min(_TINY)
+        scale = _half(rms / overlap).squeeze(-1)
+        return [EncodedVectors(*encoded) for encoded in zip(codes, scale, strict=True)]
 
     def _normalize(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotated coordinates of RMS 1, float32 [..., D], and the RMS, float32 [..., 1].
