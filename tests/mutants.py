@@ -410,8 +410,8 @@ MUTATIONS = [
     Mutation(
         "page and token exchanged",
         "store/reference.py",
-        "offset // PAGE_TOKENS, offset % PAGE_TOKENS",
-        "offset % (block_size // PAGE_TOKENS), offset // (block_size // PAGE_TOKENS)",
+        "offset // PAGE_TOKENS, row_of(offset % PAGE_TOKENS)",
+        "offset % (block_size // PAGE_TOKENS), row_of(offset // (block_size // PAGE_TOKENS))",
         "test_store.py::test_pages_hold_what_was_encoded",
     ),
     Mutation(
