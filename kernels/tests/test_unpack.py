@@ -8,9 +8,8 @@ import torch
 from turboquant_kernels.codebook import codebook
 from turboquant_kernels.codec import Codec
 from turboquant_kernels.formats import HEAD_DIMS, KVFormat
-from turboquant_kernels.unpack import level_tables, levels_ptx
+from turboquant_kernels.unpack import levels_ptx
 
-CPU = torch.device("cpu")
 MASK = (1 << 32) - 1
 
 
@@ -50,10 +49,8 @@ OPERATIONS = {
 }
 
 
-def execute(ptx: str, outputs: int, inputs: list[int], tables: list[int]) -> list[int]:
-    """Each input is one register, each table word is four of the same."""
-    operands = [*inputs, *(word for word in tables for _ in range(4))]
-    registers = {f"${outputs + i}": value for i, value in enumerate(operands)}
+def execute(ptx: str, outputs: int, inputs: list[int]) -> list[int]:
+    registers = {f"${outputs + i}": value for i, value in enumerate(inputs)}
     for name, operands in re.findall(r"^(\w[\w.]*) (.*);$", ptx, re.MULTILINE):
         target, *sources = operands.split(", ")
         values = [registers[s] if s in registers else int(s, 0) for s in sources]
@@ -85,13 +82,11 @@ def test_key_ptx_gives_the_grid_points_of_the_codes(bits, head_dim):
     first, *high = planes(codes, order)
     expected = codebook(bits, head_dim).grid[codes.int()].tolist()
     ptx = levels_ptx(bits, head_dim, bf16=False)
-    table = words(level_tables(bits, head_dim, CPU))
-    tables = [table[0]] if bits < 5 else table[: 1 << bits - 3 : 2]
     found = {}
     if bits in (2, 4):
         size = 8 // bits
         for j, word in enumerate(words(first)):
-            for r, register in enumerate(execute(ptx, size, [word], tables)):
+            for r, register in enumerate(execute(ptx, size, [word])):
                 for b, c in enumerate(as_int8(register)):
                     found[(4 * j + b) * size + r] = c
     else:
@@ -99,7 +94,7 @@ def test_key_ptx_gives_the_grid_points_of_the_codes(bits, head_dim):
         per_group = len(first) // 4 // len(high_words[0])
         for g in range(head_dim // 32):
             inputs = words(first)[g * per_group : (g + 1) * per_group] + [plane[g] for plane in high_words]
-            for r, register in enumerate(execute(ptx, 8, inputs, tables)):
+            for r, register in enumerate(execute(ptx, 8, inputs)):
                 for b, c in enumerate(as_int8(register)):
                     at = 16 * (r // 4) + 4 * b + r % 4 if bits == 3 else 4 * r + b
                     found[32 * g + at] = c
@@ -120,10 +115,9 @@ def test_value_ptx_gives_the_levels_of_the_codes_exactly(bits, head_dim):
         inputs = [torch.nn.functional.pad(x, (0, spare)) for x in (first[0::2], first[1::2], high[0])]
     else:
         inputs = [first]
-    tables = words(level_tables(bits, head_dim, CPU)[1 << bits :])[::2] if bits < 8 else []
     found = {}
     for j, registers in enumerate(zip(*(words(x) for x in inputs), strict=True)):
-        results = execute(ptx, 2 * outputs, list(registers), tables)
+        results = execute(ptx, 2 * outputs, list(registers))
         for r in range(outputs):
             for b, level in enumerate(as_bf16(results[2 * r : 2 * r + 2])):
                 found[(4 * j + b) * outputs + r] = level

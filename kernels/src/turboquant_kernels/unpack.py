@@ -35,14 +35,9 @@ _NIBBLE_SIGNS = "0x80808080"
 
 
 @cache
-def level_tables(bits: int, head_dim: int, device: torch.device) -> torch.Tensor:
-    """Look-up tables on a device, int8: the c of each code, then, where `levels_ptx` looks bf16 levels up, the low
-    and the high bytes of the first eight codes' c + 1/2."""
-    grid = codebook(bits, head_dim).grid
-    halves = (grid[:8].float() + 0.5).bfloat16().view(torch.int8).unflatten(0, (-1, 2)).T
-    return torch.cat([grid, *(torch.nn.functional.pad(half, (0, 8 - len(half))) for half in halves)]).to(
-        device
-    )
+def level_table(bits: int, head_dim: int, device: torch.device) -> torch.Tensor:
+    """The int8 c of each code, int8 [2**bits], on a device."""
+    return codebook(bits, head_dim).grid.to(device)
 
 
 def levels_ptx(bits: int, head_dim: int, *, bf16: bool) -> str:
@@ -61,16 +56,16 @@ def levels_ptx(bits: int, head_dim: int, *, bf16: bool) -> str:
     return _small(bits, codebook(bits, head_dim).grid.tolist(), bf16=bf16)
 
 
-def _upper(entries: Sequence[int]) -> str:
-    """Entries 4 to 7 of a table of eight bytes, the second operand of prmt. The first comes in a register, from
-    `table_words`: an instruction takes one constant, and a register made anew each time is an instruction."""
-    return "0x" + "".join(f"{entry & 255:02x}" for entry in reversed([*entries[4:8], *[0] * 4][:4]))
+def _table(entries: Sequence[int]) -> tuple[str, str]:
+    """Up to eight bytes as the two table operands of prmt."""
+    words = torch.tensor([*entries, *[0] * (8 - len(entries))]).to(torch.uint8).view(torch.int32).tolist()
+    return f"0x{words[0] & 0xFFFFFFFF:08x}", f"0x{words[1] & 0xFFFFFFFF:08x}"
 
 
-def _upper_bf16(grid: Sequence[int]) -> tuple[str, str]:
-    """`_upper` of the tables of the low and the high bytes of bf16(c + 1/2)."""
-    halves = (torch.tensor(grid) + 0.5).bfloat16().view(torch.int16).tolist()
-    return _upper([half & 255 for half in halves]), _upper([half >> 8 & 255 for half in halves])
+def _tables_bf16(grid: Sequence[int]) -> tuple[tuple[str, str], tuple[str, str]]:
+    """Tables of the low and of the high bytes of bf16(c + 1/2)."""
+    halves = (torch.tensor(grid) + 0.5).bfloat16().view(torch.uint8).tolist()
+    return _table(halves[0::2]), _table(halves[1::2])
 
 
 def _block(registers: str, *lines: str) -> str:
@@ -79,7 +74,7 @@ def _block(registers: str, *lines: str) -> str:
 
 def _four_bits(magnitudes: Sequence[int]) -> str:
     """$2 -> $0, $1: int8 of the low and the high nibbles. Three bits of magnitude below the sign."""
-    low, high = "$3", _upper(magnitudes)
+    low, high = _table(magnitudes)
     return _block(
         "t, x, y, m",
         "and.b32 t, $2, 0x77777777;",
@@ -98,8 +93,7 @@ def _four_bits(magnitudes: Sequence[int]) -> str:
 
 def _four_bits_bf16(magnitudes: Sequence[int]) -> str:
     """$4 -> $0, $1 and $2, $3: bf16 of the low and the high nibbles."""
-    low0, high0 = "$5", "$9"
-    low1, high1 = _upper_bf16(magnitudes)
+    (low0, low1), (high0, high1) = _tables_bf16(magnitudes)
     return _block(
         "t, u, s, lx, ly, hx, hy, l, h",
         "and.b32 t, $4, 0x77777777;",
@@ -130,8 +124,7 @@ def _small(bits: int, grid: Sequence[int], *, bf16: bool) -> str:
     words, inputs = (2, 3) if bits == 3 else (1, 1)
     width = 2 if bf16 else 1
     outputs = 4 * words * width
-    upper = _upper_bf16(grid) if bf16 else (_upper(grid),)
-    tables = [(f"${outputs + inputs + 4 * i}", table) for i, table in enumerate(upper)]
+    tables = _tables_bf16(grid) if bf16 else (_table(grid),)
     lines = []
     for x in range(words):
         for s in range(2):
@@ -165,9 +158,7 @@ def _planes_of_words(bits: int, head_dim: int) -> str:
     look-ups, the second by the selector with those bits flipped, the one that does not apply gives zeros.
     """
     magnitudes = codebook(bits, head_dim).magnitudes.tolist()
-    tables = [
-        (f"${8 + bits + at // 2}", _upper(magnitudes[at : at + 8])) for at in range(0, len(magnitudes), 8)
-    ]
+    tables = [_table(magnitudes[at : at + 8]) for at in range(0, len(magnitudes), 8)]
     signs = f"${7 + bits}"
     lines = []
     for word in range(4):
@@ -220,26 +211,6 @@ def _above(a, b):
 def _coordinates_first(quads):
     """[T / 4, N, 4] -> [N, T]."""
     return tl.reshape(tl.permute(quads, (1, 0, 2)), (quads.shape[1], 4 * quads.shape[0]))
-
-
-@triton.jit
-def table_words(tables, BITS: tl.constexpr, PTX: tl.constexpr, BF16: tl.constexpr):
-    """What the PTX looks up in registers: four int32, of which it takes what it needs. Load them once."""
-    words = tables.to(tl.pointer_type(tl.int32), bitcast=True)
-    second, third, fourth = 0, 0, 0
-    if PTX == "":
-        first = 0
-    elif BF16:
-        first = tl.load(words + (1 << BITS) // 4)
-        second = tl.load(words + (1 << BITS) // 4 + 2)
-    else:
-        first = tl.load(words)
-        if BITS > 4:
-            second = tl.load(words + 2)
-        if BITS == 6:
-            third = tl.load(words + 4)
-            fourth = tl.load(words + 6)
-    return first, second, third, fourth
 
 
 @triton.jit
@@ -340,8 +311,7 @@ def _load_codes(
 def load_keys(
     page,
     token,
-    tables,
-    words,
+    table,
     BITS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -352,7 +322,7 @@ def load_keys(
     """int8 [T, WIDTH]: c of the keys' levels, padding with any of them.
 
     page: pointers [T, 1] to the first byte of the tokens' pages. token: int [T, 1], their places in the pages.
-    tables: pointer to `level_tables`; words: `table_words` of them.
+    table: pointer to `level_table`.
     """
     if BITS == 8:
         byte = tl.arange(0, WIDTH)[None, :]
@@ -360,19 +330,19 @@ def load_keys(
         keys = codes.to(tl.int8, bitcast=True)
     elif PTX == "":
         coord = tl.arange(0, WIDTH)[None, :]
-        keys = tl.load(tables + _load_codes(page, token, coord, BITS, HEAD_DIM, READ, 1, PAGE_TOKENS))
+        keys = tl.load(table + _load_codes(page, token, coord, BITS, HEAD_DIM, READ, 1, PAGE_TOKENS))
     elif BITS == 2 or BITS == 4:
         ROW: tl.constexpr = HEAD_DIM * BITS // 8
         byte = tl.arange(0, WIDTH * BITS // 8)[None, :]
         codes = tl.load(page + token * ROW + byte, mask=byte < ROW, other=0)
         if BITS == 4:
             a, b = tl.inline_asm_elementwise(
-                PTX, "=&r,=&r,r,r,r,r,r", (codes, words[0]), dtype=(tl.int8,) * 2, is_pure=True, pack=4
+                PTX, "=&r,=&r,r", (codes,), dtype=(tl.int8,) * 2, is_pure=True, pack=4
             )
             keys = _beside(a, b)
         else:
             a, b, c, d = tl.inline_asm_elementwise(
-                PTX, "=&r," * 4 + "r,r,r,r,r", (codes, words[0]), dtype=(tl.int8,) * 4, is_pure=True, pack=4
+                PTX, "=&r," * 4 + "r", (codes,), dtype=(tl.int8,) * 4, is_pure=True, pack=4
             )
             keys = _beside(_beside(a, b), _beside(c, d))
     else:
@@ -391,8 +361,8 @@ def load_keys(
             w1 = tl.load(word + READ, mask=seen, other=0)
             a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
                 PTX,
-                "=&r," * 8 + "r,r,r,r,r,r,r",
-                (w0, w1, p0, words[0]),
+                "=&r," * 8 + "r,r,r",
+                (w0, w1, p0),
                 dtype=(tl.int8,) * 8,
                 is_pure=True,
                 pack=4,
@@ -408,8 +378,8 @@ def load_keys(
             if BITS == 5:
                 a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
                     PTX,
-                    "=&r," * 8 + "r,r,r,r,r" + ",r" * 8,
-                    (w0, w1, w2, w3, p0, words[0], words[1]),
+                    "=&r," * 8 + "r,r,r,r,r",
+                    (w0, w1, w2, w3, p0),
                     dtype=(tl.int8,) * 8,
                     is_pure=True,
                     pack=4,
@@ -418,8 +388,8 @@ def load_keys(
                 p1 = tl.load(plane + PAGE_TOKENS * SIGN_ROW, mask=seen, other=0)
                 a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
                     PTX,
-                    "=&r," * 8 + "r,r,r,r,r,r" + ",r" * 16,
-                    (w0, w1, w2, w3, p0, p1, words[0], words[1], words[2], words[3]),
+                    "=&r," * 8 + "r,r,r,r,r,r",
+                    (w0, w1, w2, w3, p0, p1),
                     dtype=(tl.int8,) * 8,
                     is_pure=True,
                     pack=4,
@@ -432,8 +402,7 @@ def load_keys(
 def load_values(
     page,
     quad_page,
-    tables,
-    words,
+    table,
     BITS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -444,14 +413,14 @@ def load_values(
     """OUT [WIDTH, T]: the values' levels in steps, c + 1/2, padding with any of them.
 
     T tokens of whole pages in the order of `token_of`. page: pointers [T] to the first byte of the values of the
-    tokens' pages; quad_page: [T / 4], of every fourth one. tables, words: as `load_keys` takes them.
+    tokens' pages; quad_page: [T / 4], of every fourth one. table: as `load_keys` takes it.
     """
     QUADS: tl.constexpr = quad_page.shape[0]
     if PTX == "":
         coord = tl.arange(0, WIDTH)[:, None]
         slot = (tl.arange(0, 4 * QUADS) % PAGE_TOKENS)[None, :]
         codes = _load_codes(page[None, :], slot, coord, BITS, HEAD_DIM, 1, 4, PAGE_TOKENS)
-        values = (tl.load(tables + codes).to(tl.float32) + 0.5).to(OUT)
+        values = (tl.load(table + codes).to(tl.float32) + 0.5).to(OUT)
     else:
         quad = (tl.arange(0, QUADS) % (PAGE_TOKENS // 4))[:, None]
         FIRST: tl.constexpr = 2 if BITS == 3 else BITS
@@ -467,8 +436,8 @@ def load_values(
             codes = tl.reshape(first, (QUADS, COLUMNS, 4))
             a, b = tl.inline_asm_elementwise(
                 PTX,
-                "=&r," * 4 + "r,r,r,r,r,r,r,r,r",
-                (codes, words[0], words[1]),
+                "=&r," * 4 + "r",
+                (codes,),
                 dtype=(tl.bfloat16,) * 2,
                 is_pure=True,
                 pack=4,
@@ -478,8 +447,8 @@ def load_values(
             codes = tl.reshape(first, (QUADS, COLUMNS, 4))
             a, b, c, d = tl.inline_asm_elementwise(
                 PTX,
-                "=&r," * 8 + "r,r,r,r,r,r,r,r,r",
-                (codes, words[0], words[1]),
+                "=&r," * 8 + "r",
+                (codes,),
                 dtype=(tl.bfloat16,) * 4,
                 is_pure=True,
                 pack=4,
@@ -495,8 +464,8 @@ def load_values(
             w0, w1 = tl.split(pairs)
             a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
                 PTX,
-                "=&r," * 16 + "r,r,r,r,r,r,r,r,r,r,r",
-                (w0, w1, tl.reshape(signs, (QUADS, WIDTH // 8, 4)), words[0], words[1]),
+                "=&r," * 16 + "r,r,r",
+                (w0, w1, tl.reshape(signs, (QUADS, WIDTH // 8, 4))),
                 dtype=(tl.bfloat16,) * 8,
                 is_pure=True,
                 pack=4,

@@ -33,12 +33,11 @@ from turboquant_kernels.packing import pages_of
 from turboquant_kernels.rotation import projection_matrix
 from turboquant_kernels.unpack import (
     coordinate,
-    level_tables,
+    level_table,
     levels_ptx,
     load_bits,
     load_keys,
     load_values,
-    table_words,
     token_of,
 )
 
@@ -110,7 +109,7 @@ def attend_items(
         kv_cache,
         block_table,
         seq_lens,
-        *_tables(codec, kv_cache.device),
+        *_levels(codec, kv_cache.device),
         partial,
         stats,
         kv_cache.stride(0),
@@ -158,11 +157,11 @@ def _constants(codec: Codec, launch: Launch, kv_heads: int, group: int, block_si
     }
 
 
-def _tables(codec: Codec, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _levels(codec: Codec, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     fmt, head_dim = codec.fmt, codec.head_dim
     return (
-        level_tables(fmt.key_code_bits, head_dim, device),
-        level_tables(fmt.value_bits, head_dim, device),
+        level_table(fmt.key_code_bits, head_dim, device),
+        level_table(fmt.value_bits, head_dim, device),
     )
 
 
@@ -226,8 +225,8 @@ def _attend_items(
     cache,  # uint8, blocks of `block_stride` bytes
     block_table,  # int32 [num_seqs, table_stride]
     seq_lens,  # int32 [num_seqs]
-    key_tables,  # int8: `unpack.level_tables`
-    value_tables,  # int8: `unpack.level_tables`
+    key_levels,  # int8: `unpack.level_table`
+    value_levels,  # int8: `unpack.level_table`
     partial,  # float32 [max_items, kv_heads, row_groups, ROWS, D], in steps of the codebook
     stats,  # float32 [max_items, kv_heads, row_groups, ROWS, 2]: maximum, sum of weights
     block_stride,
@@ -293,8 +292,6 @@ def _attend_items(
         )
         norm_scale = tl.load(projected_scale + query_row, mask=used, other=0.0)
 
-    key_words = table_words(key_tables, KEY_BITS, KEY_PTX, False)
-    value_words = table_words(value_tables, VALUE_BITS, VALUE_PTX, True)
     maximum = tl.full([ROWS], _NOTHING, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     result = tl.zeros([WIDTH, ROWS], tl.float32)
@@ -323,8 +320,7 @@ def _attend_items(
         keys = load_keys(
             page[:, None],
             token[:, None],
-            key_tables,
-            key_words,
+            key_levels,
             KEY_BITS,
             HEAD_DIM,
             WIDTH,
@@ -364,8 +360,7 @@ def _attend_items(
         values = load_values(
             page + VALUE_OFFSET,
             quad_page + VALUE_OFFSET,
-            value_tables,
-            value_words,
+            value_levels,
             VALUE_BITS,
             HEAD_DIM,
             WIDTH,
