@@ -121,8 +121,8 @@ def test_keys_are_stored_less_their_anchors(fmt, device):
 
 def test_a_token_has_the_same_bytes_whatever_is_stored_with_it(device):
     """Alone, as in decode, and as the last of a chunk: to the bit."""
-    codec = Codec(KVFormat.parse("tq-k5v3"), 96)
-    key, value, cache = (tensor.to(device) for tensor in random_inputs(codec.fmt, 96, tokens=17))
+    codec = Codec(KVFormat.parse("tq-k5v3"), 64)
+    key, value, cache = (tensor.to(device) for tensor in random_inputs(codec.fmt, 64, tokens=17))
     alone = cache.clone()
     store(codec, key, value, cache, torch.arange(17, device=device))
     for token in (0, 3, 16):

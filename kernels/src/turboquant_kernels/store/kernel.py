@@ -5,6 +5,7 @@ registers. A program takes a tile of consecutive tokens of one KV head, their ke
 consecutive tokens mostly stand next to each other in a page, where their short rows fill whole sectors.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from functools import cache
 from itertools import accumulate
@@ -75,8 +76,9 @@ def store(
     [num_blocks, block_size, kv_heads, slot_bytes], see `packing.pages_of`. slot_mapping: int32 or int64 [n].
     With anchors each key is stored less the anchor that the cache holds for its head and 128-token block.
 
-    One launch whose grid follows from shapes, without synchronisation: it can be captured in a CUDA graph.
-    Raises ValueError where coordinates are not adjacent or slots do not fit 32 bits.
+    One launch whose grid follows from shapes, without synchronisation: it can be captured in a CUDA graph,
+    once a first call has compiled it and copied the format's constants to the device. Raises ValueError where
+    coordinates are not adjacent, slots do not fit 32 bits or the cache does not fit the format.
     """
     if key.stride(-1) != 1 or value.stride(-1) != 1:
         raise ValueError("the coordinates of a key or value are not adjacent in memory")
@@ -113,17 +115,19 @@ def store(
 
 
 def variants() -> Iterator[AotVariant]:
-    """Every specialization that ships: all formats and head dimensions, bf16 keys and values."""
+    """What ships: all formats and head dimensions, bf16 keys and values."""
     pointers = {"key": "*bf16", "value": "*bf16", "cache": "*u8", "slots": "*i64", "signs": "*fp32"}
     strides = ["block_stride"] + [
         f"{what}_{of}_stride" for what in ("key", "value") for of in ("token", "head")
     ]
     integers = dict.fromkeys(["num_tokens", "kv_heads", "block_size", *strides], "i32")
-    for fmt in COMPRESSED_FORMATS:
+    # Anchors concern the keys alone: one width of values is enough.
+    anchored = [dataclasses.replace(fmt, anchor=True) for fmt in COMPRESSED_FORMATS if fmt.value_bits == 4]
+    for fmt in (*COMPRESSED_FORMATS, *anchored):
         for head_dim in HEAD_DIMS:
             prod = fmt.encoding is Encoding.PROD
             yield AotVariant(
-                name=f"store-{fmt.name.removeprefix('tq-')}-d{head_dim}",
+                name=f"store-{fmt.name.removeprefix('tq-')}{'-anchor' if fmt.anchor else ''}-d{head_dim}",
                 kernel=_store_kernel,
                 signature={**pointers, **({"projection": "*fp32"} if prod else {}), **integers},
                 constexprs=_specialization(fmt, head_dim) | ({} if prod else {"projection": None}),
