@@ -16,13 +16,13 @@ from turboquant_kernels.aot import AotVariant
 from turboquant_kernels.codebook import codebook
 from turboquant_kernels.codec import Codec
 from turboquant_kernels.decode.fragments import WORD_SHIFT, fragment, level_table, table_registers
-from turboquant_kernels.decode.hopper_kernel import WEIGHT_ONE, decode_kernel
+from turboquant_kernels.decode.hopper_kernel import WEIGHT_ONE, blocks_of, decode_kernel
 from turboquant_kernels.formats import PAGE_TOKENS, Encoding, KVFormat
 from turboquant_kernels.packing import PLANES
 from turboquant_kernels.queries.reference import QuantizedQueries
 
-HEAD_DIMS = {64: (64,), 128: (128,), 192: (128, 64), 256: (128, 128)}
-"""Head dimensions of this kernel, each as the blocks of coordinates that are read at once."""
+HEAD_DIMS = (64, 128, 192, 256)
+"""Head dimensions of this kernel."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,13 @@ class Launch:
     """Pages of a warp's tile."""
     programs_per_sm: int
     """Programs that fit on a multiprocessor, for the number of splits."""
+    value_block: int
+    """Coordinates of values that are unpacked at once, 64 or 128: fewer take fewer registers."""
+    shared_queries: bool
+    """Whether queries stand in shared memory, where their registers are wanted for other things."""
+    early: bool
+    """Whether a tile's keys and values are loaded while the tile before it is computed, each into registers
+    of its own; else values after the products of the tile's keys, and keys after those of its values."""
     ahead: int
     """Tiles that are asked into the L2 cache before they are loaded."""
     max_registers: int | None
@@ -188,7 +195,7 @@ def _constexprs(
     # Each block of coordinates has its own number of words of keys in a lane. Values of 3 bits take words
     # in pairs.
     key_asm = tuple(
-        text(fmt.key_bits, block * PLANES[fmt.key_bits][0] // 128) for block in HEAD_DIMS[head_dim]
+        text(fmt.key_bits, block * PLANES[fmt.key_bits][0] // 128) for block in blocks_of(head_dim, 128)
     )
     return {
         "KV_HEADS": kv_heads,
@@ -205,6 +212,9 @@ def _constexprs(
         "PAGES_OF_BLOCK": block_size // PAGE_TOKENS,
         "W": launch.num_warps,
         "P": launch.pages,
+        "VALUE_BLOCK": min(launch.value_block, head_dim),
+        "SHARED_QUERIES": launch.shared_queries,
+        "EARLY": launch.early,
         "AHEAD": launch.ahead,
         "WINDOW": window,
         "SOFT_CAP": soft_cap,

@@ -30,8 +30,10 @@ from turboquant_kernels.decode.operands import (
     key_operand,
     load_keys,
     load_queries,
+    load_shared_queries,
     load_table,
     load_values,
+    share_queries,
     value_chunks,
     value_operand,
 )
@@ -50,9 +52,9 @@ _WEIGHTS = gl.constexpr(
     "{ .reg .b32 y; prmt.b32 y, $1, $2, 0x4051; xor.b32 y, y, 0x80800000;"
     " movmatrix.sync.aligned.m8n8.trans.b16 $0, y; }"
 )
+_LAUNCH_NEXT = gl.constexpr("{ griddepcontrol.launch_dependents; mov.b32 $0, $1; }")
 _PREFETCH = gl.constexpr("{ prefetch.global.L2 [$1]; mov.b32 $0, 0; }")
 _LOG2 = gl.constexpr("lg2.approx.ftz.f32 $0, $1;")
-_MASK = gl.constexpr("{ .reg .f32 x; sub.sat.f32 x, $1, $2; fma.rn.f32 $0, x, 0fF149F2CA, $3; }")  # -1e30
 # Four tokens' weights -> two registers of two, with a zero after, and before, each.
 _LOW_WEIGHTS = gl.constexpr("{ prmt.b32 $0, $2, 0, 0x4140; prmt.b32 $1, $2, 0, 0x4342; }")
 _HIGH_WEIGHTS = gl.constexpr("{ prmt.b32 $0, $2, 0, 0x1404; prmt.b32 $1, $2, 0, 0x3424; }")
@@ -122,9 +124,9 @@ def _weight_operand(
 
 
 @gluon.constexpr_function
-def _blocks(head_dim):
-    """Coordinates that are read at once: as wide as loads of 16 bytes allow."""
-    return {64: (64,), 128: (128,), 192: (128, 64), 256: (128, 128)}[head_dim]
+def blocks_of(head_dim, largest):
+    """Pieces of a vector that are read at once: `largest` coordinates, the last one maybe fewer."""
+    return tuple(min(largest, head_dim - first) for first in range(0, head_dim, largest))
 
 
 @gluon.jit
@@ -145,20 +147,6 @@ def _log2_of_scale(scale):
     """Base-2 logarithm of fp16 scales in float32. 2**-40 is added, which is nothing to any scale but zero."""
     return gl.inline_asm_elementwise(
         _LOG2, "=f,f", [scale + 2.0**-40], dtype=gl.float32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def _unless_above(position, limit, s):
-    """s, or _NOTHING where position > limit; whole numbers in float32.
-
-    On the pipe of multiplications, which has time; a comparison and a selection take that of the look-ups.
-    """
-    position, limit = gl.broadcast(position, limit)
-    position, s = gl.broadcast(position, s)
-    limit, s = gl.broadcast(limit, s)
-    return gl.inline_asm_elementwise(
-        _MASK, "=&f,f,f,f", [position, limit, s], dtype=gl.float32, is_pure=True, pack=1
     )
 
 
@@ -229,13 +217,17 @@ def decode_kernel(
     OFFSET: gl.constexpr,
     W: gl.constexpr,
     P: gl.constexpr,
+    VALUE_BLOCK: gl.constexpr,
+    SHARED_QUERIES: gl.constexpr,
+    EARLY: gl.constexpr,
     AHEAD: gl.constexpr,
     WINDOW: gl.constexpr,
     SOFT_CAP: gl.constexpr,
 ):
     T: gl.constexpr = P * 16
     N: gl.constexpr = 2 * R
-    BLOCKS: gl.constexpr = _blocks(D)
+    KEY_BLOCKS: gl.constexpr = blocks_of(D, 128)
+    VALUE_BLOCKS: gl.constexpr = blocks_of(D, VALUE_BLOCK)
     CODE_WORDS: gl.constexpr = D * (KEY_BITS + VALUE_BITS) // 2
     PAGE_WORDS: gl.constexpr = CODE_WORDS + 16
     mma: gl.constexpr = gl.NVMMADistributedLayout(
@@ -255,6 +247,8 @@ def decode_kernel(
     head = gl.program_id(1) // ROW_GROUPS
     group = gl.program_id(1) % ROW_GROUPS
     seq_len = gl.load(seq_lens + sequence)
+    # The merge may be launched; it waits for this kernel's end before it reads.
+    gl.inline_asm_elementwise(_LAUNCH_NEXT, "=r,r", [seq_len], dtype=gl.int32, is_pure=False, pack=1)
 
     # Rows: query head g of token i is row i * G + g, where G query heads share the KV head.
     G: gl.constexpr = GROUP
@@ -268,19 +262,13 @@ def decode_kernel(
     q_row = ((token * (KV_HEADS * G) + query_head) * 2 + column % 2) * D
     no_warp = gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, B)))[:, None, None] * 0
     q = ()
-    for i in gl.static_range(len(BLOCKS)):
-        q = q + (
-            load_queries(
-                queries + i * 128,
-                q_row + no_warp,
-                (row < total_rows) & (no_warp == 0),
-                R,
-                W,
-                KEY_BITS,
-                BLOCKS[i],
-                B,
-            ),
-        )
+    used = (row < total_rows) & (no_warp == 0)
+    for i in gl.static_range(len(KEY_BLOCKS)):
+        block = load_queries(queries + i * 128, q_row + no_warp, used, R, W, KEY_BITS, KEY_BLOCKS[i], B)
+        if SHARED_QUERIES:
+            q = q + (share_queries(block, W, N, KEY_BLOCKS[i]),)
+        else:
+            q = q + (block,)
 
     key_registers = load_table(tables, KEY_REGISTERS, W, P)
     value_registers = load_table(tables + 32 * KEY_REGISTERS, VALUE_REGISTERS, W, P)
@@ -306,9 +294,13 @@ def decode_kernel(
     offset = block * block_stride + (page % PAGES_OF_BLOCK) * (KV_HEADS * PAGE_WORDS)
     keys = ()
     values = ()
-    for i in gl.static_range(len(BLOCKS)):
-        keys = keys + (load_keys(keys_at, offset, W, P, KEY_BITS, D, BLOCKS[i], i * 128),)
-        values = values + (load_values(values_at, offset, W, P, VALUE_BITS, D, BLOCKS[i], i * 128),)
+    for i in gl.static_range(len(KEY_BLOCKS)):
+        keys = keys + (load_keys(keys_at, offset, W, P, KEY_BITS, D, KEY_BLOCKS[i], i * 128),)
+    if EARLY:
+        for i in gl.static_range(len(VALUE_BLOCKS)):
+            first = i * VALUE_BLOCK
+            values = values + (load_values(values_at, offset, W, P, VALUE_BITS, D, VALUE_BLOCKS[i], first),)
+    current = offset
     scale_offset = gl.convert_layout(
         offset, gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, SCALES))), assert_trivial=True
     )
@@ -350,18 +342,18 @@ def decode_kernel(
         * scale
     )
     # Row i of n query tokens sees positions up to seq_len - n + i.
-    last = ((seq_len - query_len + query_token)[None, :] + no_warp2).to(gl.float32)
+    last = (seq_len - query_len + query_token)[None, :] + no_warp2
+    seen_by_all = seq_len - query_len + 1
 
     maximum = gl.full([W, R], _NOTHING, gl.float32, ROW)
     warp_token = gl.arange(0, T, gl.SliceLayout(0, gl.SliceLayout(2, S)))[None, :, None]
     warp_token += gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, S)))[:, None, None] * T
-    warp_token = warp_token.to(gl.float32)
 
     PIECES: gl.constexpr = 1 if VALUE_BITS == 8 else 2
     attended = ()
-    for i in gl.static_range(len(BLOCKS)):
+    for i in gl.static_range(len(VALUE_BLOCKS)):
         for _ in gl.static_range(PIECES):
-            attended = attended + (_no_attended(W, BLOCKS[i] // PIECES, R, mma),)
+            attended = attended + (_no_attended(W, VALUE_BLOCKS[i] // PIECES, R, mma),)
 
     lane_zero = gl.sum(gl.reshape(gl.full([W, T, R], 0.0, gl.float32, S), [W, 2 * P, 8, R]), axis=1)
     total = lane_zero  # of each lane's own tokens; summed over lanes at the end
@@ -382,11 +374,25 @@ def decode_kernel(
             ahead_block = gl.load(table_row + ahead // PAGES_OF_BLOCK).to(OFFSET)
         products = gl.full([W, T, N], 0, gl.int32, mma)
         next_keys = ()
-        for i in gl.static_range(len(BLOCKS)):
-            k8 = key_operand(keys[i], key_registers, W, P, KEY_BITS, BLOCKS[i], i, KEY_ASM, A)
-            products = mma_v2(k8, q[i], products)
-            next_keys = next_keys + (load_keys(keys_at, offset, W, P, KEY_BITS, D, BLOCKS[i], i * 128),)
-        keys = next_keys
+        for i in gl.static_range(len(KEY_BLOCKS)):
+            k8 = key_operand(keys[i], key_registers, W, P, KEY_BITS, KEY_BLOCKS[i], i, KEY_ASM, A)
+            if SHARED_QUERIES:
+                q8 = load_shared_queries(q[i], W, N, KEY_BLOCKS[i], B)
+            else:
+                q8 = q[i]
+            products = mma_v2(k8, q8, products)
+            if EARLY:
+                next_keys = next_keys + (
+                    load_keys(keys_at, offset, W, P, KEY_BITS, D, KEY_BLOCKS[i], i * 128),
+                )
+        if EARLY:
+            keys = next_keys
+        else:
+            late = ()
+            for i in gl.static_range(len(VALUE_BLOCKS)):
+                first = i * VALUE_BLOCK
+                late = late + (load_values(values_at, current, W, P, VALUE_BITS, D, VALUE_BLOCKS[i], first),)
+            current = offset
         high, low = gl.split(gl.reshape(products, [W, T, R, 2]))
         s = (high * 256 + low).to(gl.float32)
         key_scale, value_scale = gl.split(scales)  # [W, P, 2, 8]
@@ -405,11 +411,16 @@ def decode_kernel(
             # cap * tanh(s / cap); s and cap in base 2, so exp2(2 log2(e) s_nat / cap) = exp2(2 s log2(e) /
             # cap2)
             s = soft_cap - 2.0 * soft_cap / (gl.exp2(s * (2.8853900817779268 / soft_cap)) + 1.0)
-        position = warp_token + (first_page * 16 + tile * (W * T)).to(gl.float32)
-        s = _unless_above(position, last[:, None, :], s)
-        if WINDOW:
-            s = _unless_above(last[:, None, :], position + (window - 1.0), s)
         weighted = s + _log2_of_scale(value_scale)
+        tile_first = first_page * 16 + tile * (W * T)
+        # Most tiles are seen whole. Slots behind the end hold anything, NaN too.
+        if WINDOW or tile_first + W * T > seen_by_all:
+            position = tile_first + warp_token
+            seen = position <= last[:, None, :]
+            if WINDOW:
+                seen = seen & (position > last[:, None, :] - window)
+            s = gl.where(seen, s, _NOTHING)
+            weighted = gl.where(seen, weighted, _NOTHING)
         new_maximum = gl.maximum(maximum, gl.max(weighted, axis=1))
         decay = gl.exp2(maximum - new_maximum)
         maximum = new_maximum
@@ -435,18 +446,27 @@ def decode_kernel(
 
         new_attended = ()
         next_values = ()
-        for i in gl.static_range(len(BLOCKS)):
-            v = value_operand(values[i], value_registers, W, P, VALUE_BITS, BLOCKS[i], VALUE_ASM, A)
+        for i in gl.static_range(len(VALUE_BLOCKS)):
+            packed = values[i] if EARLY else late[i]
+            v = value_operand(packed, value_registers, W, P, VALUE_BITS, VALUE_BLOCKS[i], VALUE_ASM, A)
             for piece in gl.static_range(PIECES):
                 x = attended[PIECES * i + piece]
                 new_attended = new_attended + (
-                    _attend(x, decay, v, weights[piece], W, BLOCKS[i] // PIECES, R, mma),
+                    _attend(x, decay, v, weights[piece], W, VALUE_BLOCKS[i] // PIECES, R, mma),
                 )
-            next_values = next_values + (
-                load_values(values_at, offset, W, P, VALUE_BITS, D, BLOCKS[i], i * 128),
-            )
+            if EARLY:
+                next_values = next_values + (
+                    load_values(values_at, offset, W, P, VALUE_BITS, D, VALUE_BLOCKS[i], i * VALUE_BLOCK),
+                )
         attended = new_attended
-        values = next_values
+        if EARLY:
+            values = next_values
+        else:
+            for i in gl.static_range(len(KEY_BLOCKS)):
+                next_keys = next_keys + (
+                    load_keys(keys_at, offset, W, P, KEY_BITS, D, KEY_BLOCKS[i], i * 128),
+                )
+            keys = next_keys
         page = gl.minimum(first_page + (tile + 2) * (W * P) + mine, end_page - 1)
         block = gl.load(table_row + page // PAGES_OF_BLOCK).to(OFFSET)
 
@@ -456,10 +476,10 @@ def decode_kernel(
     share = gl.exp2(maximum - highest[None, :])
     sums = gl.sum(total * share, axis=0)
     out_row = (item * KV_HEADS + head) * ROW_GROUPS + group
-    for i in gl.static_range(len(BLOCKS)):
+    for i in gl.static_range(len(VALUE_BLOCKS)):
         for piece in gl.static_range(PIECES):
             _store_attended(
-                partial + out_row * R * D + i * 128,
+                partial + out_row * R * D + i * VALUE_BLOCK,
                 attended[PIECES * i + piece],
                 half_weight,
                 share,
@@ -468,7 +488,7 @@ def decode_kernel(
                 R,
                 D,
                 VALUE_BITS,
-                BLOCKS[i],
+                VALUE_BLOCKS[i],
             )
     r = gl.arange(0, R, highest.type.layout)
     gl.store(stats + (out_row * R + r) * 2, highest)

@@ -107,7 +107,6 @@ def attend(
     Arguments are those of `paged_decode`. A given workspace must have its schedule: see `Workspace.deal_out`.
     """
     tokens, q_heads, _, head_dim = queries.codes.shape
-    kv_heads = kv_cache.shape[2]
     if out is None:
         out = queries.scale.new_empty(tokens, q_heads, head_dim)
     if workspace is None:
@@ -128,16 +127,8 @@ def attend(
         window=window,
         soft_cap=soft_cap,
     )
-    merge(
-        out,
-        workspace.partial,
-        workspace.stats,
-        workspace.schedule.splits,
-        sinks,
-        query_len=query_len,
-        kv_heads=kv_heads,
-        unit=kernel.value_unit(codec),
-    )
+    unit = kernel.value_unit(codec)
+    merge(out, workspace.partial, workspace.stats, workspace.schedule.splits, sinks, unit)
     return out
 
 

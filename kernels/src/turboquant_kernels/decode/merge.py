@@ -7,9 +7,16 @@ sum of values. A sink is one more token without a value. Splits are added in ord
 bit.
 """
 
+from collections.abc import Iterator
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
+
+from turboquant_kernels.aot import AotVariant
+from turboquant_kernels.formats import HEAD_DIMS
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -20,9 +27,6 @@ def merge(
     stats: torch.Tensor,
     splits: torch.Tensor,
     sinks: torch.Tensor | None,
-    *,
-    query_len: int,
-    kv_heads: int,
     unit: float,
 ) -> None:
     """Fills attended, float32 [num_seqs * query_len, q_heads, D].
@@ -33,19 +37,68 @@ def merge(
     zero.
     """
     tokens, q_heads, head_dim = attended.shape
-    width = triton.next_power_of_2(head_dim)
-    _merge_kernel[(tokens, q_heads)](
-        attended, partial, stats, splits, sinks, unit, QUERY_LEN=query_len, KV_HEADS=kv_heads, GROUP=q_heads
-        // kv_heads, ROW_GROUPS=partial.shape[2], ROWS=partial.shape[3], D=head_dim, WIDTH=width, SPLITS=16,
-        num_warps=1 if width <= 64 else 2,
-    )  # fmt: skip
+    items, kv_heads, row_groups, rows, _ = partial.shape
+    num_seqs = splits.shape[0]
+    # As many splits at once as a sequence of average length has.
+    at_once = min(triton.next_power_of_2(triton.cdiv(items, num_seqs)), 64)
+    overlap = not triton.knobs.runtime.interpret and _launches_early(attended.device)
+    _merge_kernel[tokens, q_heads](
+        attended,
+        partial,
+        stats,
+        splits,
+        sinks,
+        unit,
+        QUERY_LEN=tokens // num_seqs,
+        KV_HEADS=kv_heads,
+        GROUP=q_heads // kv_heads,
+        ROW_GROUPS=row_groups,
+        ROWS=rows,
+        D=head_dim,
+        WIDTH=triton.next_power_of_2(head_dim),
+        SPLITS=at_once,
+        OVERLAP=overlap,
+        num_warps=4 if at_once >= 16 else 2,
+        launch_pdl=overlap,
+    )
+
+
+@cache
+def _launches_early(device: torch.device) -> bool:
+    """Whether a kernel can be launched before the one that it waits for has ended (sm_90 and newer)."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def variants() -> Iterator[AotVariant]:
+    """Every head dimension, for few and for many splits."""
+    pointers = {"attended": "*fp32", "partial": "*fp32", "stats": "*fp32", "splits": "*i32"}
+    for head_dim in HEAD_DIMS:
+        for splits in (8, 64):
+            yield AotVariant(
+                name=f"decode-merge-d{head_dim}-s{splits}",
+                kernel=_merge_kernel,
+                signature=pointers | {"unit": "fp32"},
+                constexprs={
+                    "sinks": None,
+                    "QUERY_LEN": 1,
+                    "KV_HEADS": 8,
+                    "GROUP": 4,
+                    "ROW_GROUPS": 1,
+                    "ROWS": 4,
+                    "D": head_dim,
+                    "WIDTH": triton.next_power_of_2(head_dim),
+                    "SPLITS": splits,
+                    "OVERLAP": False,
+                },
+                num_warps=4 if splits >= 16 else 2,
+            )
 
 
 @triton.jit
 def _merge_kernel(
     attended, partial, stats, splits, sinks, unit,
     QUERY_LEN: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROW_GROUPS: tl.constexpr,
-    ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr,
+    ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0)
     q_head = tl.program_id(1)
@@ -57,6 +110,8 @@ def _merge_kernel(
     d = tl.arange(0, WIDTH)
     s = tl.arange(0, SPLITS)
 
+    if OVERLAP:
+        gdc_wait()  # for the kernel that writes partial and stats
     if sinks is None:
         maximum = -1e30
         total = 0.0
@@ -77,5 +132,5 @@ def _merge_kernel(
         total = total * decay + tl.sum(share * part, axis=0)
         result = result * decay + tl.sum(share[:, None] * a, axis=0)
         maximum = new_maximum
-    result = tl.where(total > 0, result * unit / total, 0.0)
+    result = tl.where(total == 0, 0.0, result * unit / total)
     tl.store(attended + (token * (KV_HEADS * GROUP) + q_head) * D + d, result, mask=d < D)

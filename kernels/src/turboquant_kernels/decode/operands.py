@@ -364,3 +364,38 @@ def load_queries(
         within = 4 * register + byte
     coordinate = (k // 4 % 4) * (BLOCK // 4) + within
     return gl.load(queries + q_row + coordinate, mask=seen & (coordinate >= 0), other=0)
+
+
+@gluon.constexpr_function
+def _query_layout(warps, chunks):
+    """[warps, chunks, 32, 16] bytes: a lane's 16 are adjacent."""
+    registers = basis(3, 16, 4) + basis(1, chunks, 4)
+    return gl.DistributedLinearLayout(
+        registers, basis(2, 32, 4), basis(0, warps, 4), [], [warps, chunks, 32, 16]
+    )
+
+
+@gluon.jit
+def share_queries(q, W: gl.constexpr, N: gl.constexpr, BLOCK: gl.constexpr):
+    """Puts the operand of a block, int8 [W, BLOCK, N], into shared memory, a copy for each warp.
+
+    For kernels that need its registers for other things: read again for each tile, 16 bytes a lane.
+    """
+    CHUNKS: gl.constexpr = BLOCK * N // 512
+    q = gl.reshape(q, [W, BLOCK // 16, 4, 4, N // 8, 8])  # register, t, byte, tile, r
+    q = gl.permute(q, [0, 4, 1, 5, 2, 3])
+    q = gl.reshape(gl.permute(gl.reshape(q, [W, CHUNKS, 4, 32, 4]), [0, 1, 3, 2, 4]), [W, CHUNKS, 32, 16])
+    q = gl.convert_layout(q, _query_layout(W, CHUNKS), assert_trivial=True)
+    layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[3, 2, 1, 0])
+    return gl.allocate_shared_memory(gl.int8, [W, CHUNKS, 32, 16], layout, q)
+
+
+@gluon.jit
+def load_shared_queries(shared, W: gl.constexpr, N: gl.constexpr, BLOCK: gl.constexpr, B: gl.constexpr):
+    """The operand that `share_queries` put away: int8 [W, BLOCK, N]."""
+    CHUNKS: gl.constexpr = BLOCK * N // 512
+    q = shared.load(_query_layout(W, CHUNKS))
+    q = gl.permute(gl.reshape(q, [W, CHUNKS, 32, 4, 4]), [0, 1, 3, 2, 4])
+    q = gl.reshape(q, [W, N // 8, BLOCK // 16, 8, 4, 4])
+    q = gl.reshape(gl.permute(q, [0, 2, 4, 5, 1, 3]), [W, BLOCK, N])
+    return gl.convert_layout(q, B, assert_trivial=True)

@@ -5,12 +5,14 @@ this kernel deals them out: every sequence is cut into equal splits, as few as k
 Layers that share lengths and window share the table.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
+from turboquant_kernels.aot import AotVariant
 from turboquant_kernels.formats import PAGE_TOKENS
 
 _SEARCH_STEPS = 21
@@ -61,6 +63,25 @@ def fill(
         BLOCK=triton.next_power_of_2(num_seqs),
         num_warps=4,
     )
+
+
+def variants() -> Iterator[AotVariant]:
+    """Few and many sequences."""
+    for num_seqs in (8, 512):
+        yield AotVariant(
+            name=f"decode-schedule-n{num_seqs}",
+            kernel=_fill_kernel,
+            signature={
+                "items": "*i32",
+                "splits": "*i32",
+                "seq_lens": "*i32",
+                "num_seqs": "i32",
+                "num_items": "i32",
+                "query_len": "i32",
+                "window": "i32",
+            },
+            constexprs={"PAGE": PAGE_TOKENS, "TILE": 8, "STEPS": _SEARCH_STEPS, "BLOCK": num_seqs},
+        )
 
 
 @triton.jit
