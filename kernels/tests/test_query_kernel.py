@@ -79,7 +79,7 @@ def test_kernel_turns_outputs_back(head_dim, dtype, device):
     out = torch.full((5, 4, head_dim), torch.nan, dtype=dtype, device=device)
     got = kernel.unrotate(codec, attended.to(device), out[:, 1:3])
     torch.testing.assert_close(
-        got.cpu(), expected.to(dtype), rtol=2e-3 if dtype is torch.float16 else 0, atol=2e-6
+        got.cpu(), expected.to(dtype), rtol=2e-3 if dtype is torch.float16 else 0, atol=5e-6
     )
     assert out[:, [0, 3]].isnan().all()
 
