@@ -28,7 +28,7 @@ class Shape:
 
     def cache_bytes(self, fmt: KVFormat) -> int:
         """Bytes that a decode step has to read."""
-        return self.batch * self.kv_heads * fmt.page_bytes(self.head_dim, self.context)
+        return self.batch * self.context * self.kv_heads * fmt.slot_bytes(self.head_dim)
 
 
 SHAPES = (

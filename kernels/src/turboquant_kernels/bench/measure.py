@@ -1,0 +1,242 @@
+"""The measurements of `tq bench kernels`: a list of tasks that fill rows and a run.
+
+`subject` calls this project's kernels, `competitors` the others, `clocks` times both. A competitor that
+cannot run here is None in its rows, and the run says why.
+"""
+
+import datetime
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from turboquant_kernels.bench import clocks, competitors, oracle, subject
+from turboquant_kernels.bench.caches import DecodeStep, equal_step, random_step
+from turboquant_kernels.bench.rows import COMPETITORS, FORMATS, PREFILL, SHAPES, Row, Run, Shape
+from turboquant_kernels.codec import Codec
+from turboquant_kernels.formats import ANCHOR_TOKENS, KVFormat
+
+RAGGED_LENGTHS = (1024, 65536)
+"""The ragged batch draws its lengths from this range, as many as the first shape has sequences."""
+
+CHECKED_SEQUENCES = 2
+"""Sequences of a row whose output is compared with float64 attention."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A measurement of a second or a few."""
+
+    label: str
+    run: Callable[[], None]
+
+
+class Benchmark:
+    """Run the `tasks` in order, then read `rows` and `run`."""
+
+    def __init__(
+        self, device: torch.device, shapes: Sequence[Shape] = SHAPES, formats: Sequence[str] = FORMATS
+    ) -> None:
+        self.device = device
+        self.shapes = shapes
+        self.formats = formats
+        self.gpu = torch.cuda.get_device_name(device)
+        self.rows: list[Row] = []
+        self._copy_bandwidth = 0.0
+        self._competitors: dict[str, float | None] = {}
+        self._unmeasured: dict[str, str] = {}
+        self._extra: dict[str, Any] = {"prefill": []}
+        self._compiling = clocks.CompileTimes()
+
+    def tasks(self) -> list[Task]:
+        """Everything: of each shape the competitors, then the formats; last what only the first shape has."""
+        tasks = [Task("copy bandwidth", self._copy)]
+        for shape in self.shapes:
+            for name, competitor in COMPETITORS.items():
+                tasks.append(Task(f"{shape}: {competitor.label}", partial(self._compete, shape, name)))
+            for name in self.formats:
+                tasks.append(Task(f"{shape}: {name}", partial(self._measure, shape, name)))
+        first, codec = self.shapes[0], self._codec(self.shapes[0], self.formats[0])
+        for label, part in (
+            ("ragged", self._ragged),
+            ("step", self._step),
+            ("anchor", self._anchor),
+            ("portable", self._portable),
+        ):
+            tasks.append(Task(f"{label}, {self.formats[0]}", partial(self._try, label, part, first, codec)))
+        for chunk, context in PREFILL:
+            part = partial(self._prefill, chunk, context)
+            label = f"prefill of {chunk:,} over {context:,}"
+            tasks.append(Task(label, partial(self._try, label, part, first, codec)))
+        return [Task(task.label, partial(self._noted, task.run)) for task in tasks]
+
+    @property
+    def run(self) -> Run:
+        return Run(
+            gpu=self.gpu,
+            date=datetime.date.today().isoformat(),
+            versions={name: _version(name) for name in ("torch", "triton", "vllm")},
+            copy_bandwidth=self._copy_bandwidth,
+            unmeasured=self._unmeasured,
+            compile_seconds=self._compiling.seconds,
+            **self._extra,
+        )
+
+    def _noted(self, run: Callable[[], None]) -> None:
+        with self._compiling:
+            run()
+        torch.cuda.empty_cache()
+
+    def _copy(self) -> None:
+        self._copy_bandwidth = clocks.copy_bandwidth(self.device)
+
+    def _compete(self, shape: Shape, name: str) -> None:
+        fields = (f"{name}_ms", f"{name}_graph_ms")
+        cache_bytes = shape.batch * shape.context * shape.kv_heads
+        cache_bytes *= COMPETITORS[name].token_bytes(shape.head_dim)
+        try:
+            count = clocks.cache_count(cache_bytes)
+            calls = [competitors.PREPARE[name](shape, self.device) for _ in range(count)]
+            times = (clocks.do_bench_ms(calls[0]), clocks.rotating_ms(calls))
+        except Exception as error:  # whatever another project raises where it is absent or does not fit
+            self._unmeasured[f"{name}, {shape}"] = _reason(error)
+            times = (None, None)
+        self._competitors |= dict(zip(fields, times, strict=True))
+
+    def _measure(self, shape: Shape, name: str) -> None:
+        codec = self._codec(shape, name)
+        cache_bytes = shape.cache_bytes(codec.fmt)
+        steps = [
+            equal_step(codec, shape, self.device, seed=seed)
+            for seed in range(clocks.cache_count(cache_bytes))
+        ]
+        calls = [subject.decode(step) for step in steps]
+        graph_ms = clocks.rotating_ms(calls)
+        self.rows.append(
+            Row(
+                gpu=self.gpu,
+                batch=shape.batch,
+                context=shape.context,
+                q_heads=shape.q_heads,
+                kv_heads=shape.kv_heads,
+                head_dim=shape.head_dim,
+                format=name,
+                ms=clocks.do_bench_ms(calls[0]),
+                graph_ms=graph_ms,
+                copy_bandwidth_fraction=cache_bytes / (graph_ms * 1e-3) / self._copy_bandwidth,
+                relative_error=error_of(steps[0], calls[0]()),
+                **self._competitors,
+            )
+        )
+
+    def _ragged(self, shape: Shape, codec: Codec) -> None:
+        """Bytes per second of a ragged batch, beside those of as many equal sequences."""
+        draw = random.Random(0)
+        lengths = [draw.randint(*RAGGED_LENGTHS) for _ in range(shape.batch)]
+        steps = [
+            random_step(codec, lengths, shape.q_heads, shape.kv_heads, self.device, seed=seed)
+            for seed in range(2)
+        ]
+        graph_ms = clocks.rotating_ms([subject.decode(step) for step in steps])
+        equal_ms = self._row(shape, codec).graph_ms
+        rate = sum(lengths) / graph_ms / (shape.batch * shape.context / equal_ms)
+        self._extra["ragged"] = {"tokens": sum(lengths), "graph_ms": graph_ms, "rate_fraction": rate}
+
+    def _step(self, shape: Shape, codec: Codec) -> None:
+        """A layer's whole step, beside the attention kernel alone."""
+        steps = [equal_step(codec, shape, self.device, seed=seed) for seed in range(2)]
+        alone = clocks.rotating_ms([subject.decode(step) for step in steps])
+        whole = clocks.rotating_ms([subject.whole_step(step) for step in steps])
+        self._extra["step"] = {
+            "decode_graph_ms": alone,
+            "step_graph_ms": whole,
+            "overhead": whole / alone - 1,
+        }
+
+    def _anchor(self, shape: Shape, codec: Codec) -> None:
+        """What one stored anchor for each KV head and 128 tokens costs."""
+        anchored = Codec(replace(codec.fmt, anchor=True), codec.head_dim)
+        plain_ms, anchor_ms = (
+            clocks.rotating_ms(
+                [
+                    subject.decode(equal_step(one, shape, self.device, block_size=ANCHOR_TOKENS, seed=seed))
+                    for seed in range(2)
+                ]
+            )
+            for one in (codec, anchored)
+        )
+        self._extra["anchor"] = {
+            "plain_graph_ms": plain_ms,
+            "anchor_graph_ms": anchor_ms,
+            "overhead": anchor_ms / plain_ms - 1,
+        }
+
+    def _portable(self, shape: Shape, codec: Codec) -> None:
+        steps = [equal_step(codec, shape, self.device, seed=seed) for seed in range(2)]
+        calls = [subject.decode(step, path="portable") for step in steps]
+        self._extra["portable"] = {
+            "ms": clocks.do_bench_ms(calls[0]),
+            "graph_ms": clocks.rotating_ms(calls),
+            "relative_error": error_of(steps[0], calls[0]()),
+        }
+
+    def _prefill(self, chunk: int, context: int, shape: Shape, codec: Codec) -> None:
+        """A chunk over compressed context, beside FlashAttention-3 in one call on the same in bf16."""
+        step = random_step(codec, [context + chunk], shape.q_heads, shape.kv_heads, self.device)
+        ours = clocks.do_bench_ms(subject.prefill(step, chunk, competitors.flash_attention()))
+        theirs = clocks.do_bench_ms(competitors.prefill(shape, chunk, context, self.device))
+        self._extra["prefill"].append(
+            {
+                "chunk": chunk,
+                "context": context,
+                "ms": ours,
+                "fa3_bf16_ms": theirs,
+                "speed_fraction": theirs / ours,
+            }
+        )
+
+    def _try(self, label: str, part: Callable[[Shape, Codec], None], shape: Shape, codec: Codec) -> None:
+        try:
+            part(shape, codec)
+        except ImportError as error:  # FlashAttention, which prefill attends with
+            self._unmeasured[label] = _reason(error)
+
+    def _codec(self, shape: Shape, name: str) -> Codec:
+        return Codec(KVFormat.parse(name), shape.head_dim)
+
+    def _row(self, shape: Shape, codec: Codec) -> Row:
+        return next(row for row in self.rows if (row.shape, row.format) == (shape, codec.fmt.name))
+
+
+def error_of(step: DecodeStep, attended: torch.Tensor) -> float:
+    """Relative error of some sequences' results, fp32 [num_seqs, q_heads, D] before un-rotation."""
+    count = len(step.seq_lens)
+    chosen = sorted(
+        {round(i * (count - 1) / max(1, CHECKED_SEQUENCES - 1)) for i in range(CHECKED_SEQUENCES)}
+    )
+    exact = oracle.attended(
+        step.codec,
+        step.query,
+        step.kv_cache,
+        step.block_table,
+        step.seq_lens,
+        query_len=1,
+        scale=step.scale,
+        sequences=chosen,
+    )
+    return oracle.relative_error(attended[chosen], exact)
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
