@@ -1,13 +1,13 @@
 """The portable decode kernel, item by item, against attention over the decompressed cache."""
 
-
 import pytest
 import torch
 from test_paged_attention import Batch
 
 from turboquant_kernels.codebook import codebook
-from turboquant_kernels.decode.portable import attend_items, launch_of
-from turboquant_kernels.formats import PAGE_TOKENS, KVFormat
+from turboquant_kernels.decode.launch import paged_decode
+from turboquant_kernels.decode.portable import attend_items, launch_of, variants
+from turboquant_kernels.formats import COMPRESSED_FORMATS, HEAD_DIMS, PAGE_TOKENS, KVFormat
 from turboquant_kernels.queries.reference import rotate_queries
 
 TOLERANCE = 5e-4
@@ -23,6 +23,12 @@ def split(seq_lens, tile_tokens, count, device):
     return torch.tensor([*items, [0, 7, 7, 0]], dtype=torch.int32, device=device)
 
 
+def on(device, cache):
+    """A cache with what lies between its blocks: anchors."""
+    blocks, stride = len(cache), cache.stride(0)
+    return cache.as_strided((blocks, stride), (stride, 1)).to(device).as_strided(cache.shape, cache.stride())
+
+
 def attend(batch, device, *, splits=2, window=None, soft_cap=None, sinks=None):
     """float32 [tokens, q_heads, D], un-rotated: the items' results put together in float64."""
     codec, query_len = batch.codec, batch.query_lens[0]
@@ -36,7 +42,7 @@ def attend(batch, device, *, splits=2, window=None, soft_cap=None, sinks=None):
         codec,
         launch,
         rotate_queries(codec, torch.cat(batch.queries).to(device), batch.head_dim**-0.5),
-        batch.cache.to(device),
+        on(device, batch.cache),
         batch.block_table.to(device),
         torch.tensor(batch.seq_lens, dtype=torch.int32, device=device),
         items,
@@ -110,6 +116,12 @@ def test_empty_sequences_have_no_work(device):
     check(Batch([1, 1, 1], [0, 40, 0]), device)
 
 
+@pytest.mark.parametrize(("block_size", "window"), [(128, None), (256, 100)])
+def test_anchors_are_added_to_the_keys_of_their_128_tokens(block_size, window, device):
+    batch = Batch([2, 2], [300, 20], KVFormat(4, 3, anchor=True), block_size=block_size)
+    check(batch, device, window=window, soft_cap=9.0, splits=3)
+
+
 @pytest.mark.parametrize("options", [{"window": 20}, {"soft_cap": 2.0}, {"window": 1}])
 def test_score_options(options, device):
     check(Batch([2, 2], [90, 13]), device, **options)
@@ -136,6 +148,30 @@ def test_logits_of_several_hundred(device):
     check(batch, device)
 
 
+@pytest.mark.parametrize("window", [None, 50])
+def test_decode_from_queries_to_output(window, device):
+    """Scheduled, merged, un-rotated: what an engine calls, several query tokens and an empty row included."""
+    batch = Batch([2, 0, 2], [150, 0, 33], q_heads=6, kv_heads=2)
+    sinks = torch.tensor([0.5, -2.0, 3.0, 8.0, 0.0, 1.0])
+    padded = torch.cat([batch.queries[0], torch.ones(2, 6, 64), batch.queries[2]]).to(device)
+    out = paged_decode(
+        batch.codec,
+        padded,
+        batch.cache.to(device),
+        batch.block_table.to(device),
+        torch.tensor(batch.seq_lens, dtype=torch.int32, device=device),
+        query_len=2,
+        scale=batch.head_dim**-0.5,
+        window=window,
+        sinks=sinks.to(device),
+        path="portable",
+    ).cpu()
+    expected = batch.oracle(window=window, sinks=sinks)
+    assert torch.equal(out[2:4], torch.zeros(2, 6, 64))
+    found = torch.cat([out[:2], out[4:]])
+    assert (found - expected).norm() <= TOLERANCE * expected.norm()
+
+
 def test_a_cache_of_another_format_is_refused(device):
     batch = Batch([1], [20])
     batch.cache = batch.cache[..., :-1]
@@ -143,3 +179,9 @@ def test_a_cache_of_another_format_is_refused(device):
         attend(batch, device)
 
 
+def test_variants_have_names_of_their_own_and_every_format():
+    names = [variant.name for variant in variants()]
+    assert len(set(names)) == len(names)
+    for fmt in COMPRESSED_FORMATS:
+        for head_dim in HEAD_DIMS:
+            assert f"decode-portable-{fmt.name.removeprefix('tq-')}-d{head_dim}-g4-q1" in names

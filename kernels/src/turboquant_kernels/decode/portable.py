@@ -1,36 +1,48 @@
-"""Decode attention in plain Triton: every format, head dimension and GPU that the Hopper kernel is not made for.
+"""Decode attention in plain Triton: every format and head dimension on every GPU, with key anchors.
 
     schedule -> items: splits of sequences -> [this kernel] sums over an item's tokens -> merge -> attended
 
-One program reads an item for one KV head, tile by tile, and unpacks each tile once for
-all its rows, the query heads of that KV head times the query tokens of the sequence. Tokens are the M dimension
-of both products, so rows need no padding beyond 4:
+One program reads an item for one KV head, tile by tile, and unpacks each tile once for all its rows, the
+query heads of that KV head times the query tokens of the sequence. Tokens are the M dimension of keys'
+products and coordinates that of values', so rows need no padding beyond 4:
 
-    products[token, row] = sum_d c_key[token, d] * q[row, d]                  int8, exact int32 sums
-    attended[d, row]    += sum_token level_value[token, d] * weight[token, row]         bf16, float32 sums
+    products[token, row]  = sum_d c_key[token, d] * q[row, d]                       int8, exact int32 sums
+    attended[d, row]     += sum_token level_value[d, token] * weight[token, row]    bf16, float32 sums
 
-The query is a 16-bit integer in two int8 halves, the weight two bf16 numbers, both as neighbouring columns, so
-each costs a column and not a second product. Levels are exact in bf16 (`turboquant_kernels.unpack`); scales
-multiply logits and weights, never tiles. Logits are in base 2.
+The query is a 16-bit integer in two int8 halves, the weight the sum of two bf16 numbers, each pair in
+neighbouring columns of one product. Levels are exact in bf16 (`turboquant_kernels.unpack`); scales multiply
+logits and weights, never tiles. Logits are in base 2.
 
-All buffers follow from shapes, lengths are read on the device, and every sum has a fixed order: results repeat bit
-by bit and the launch can be captured in a CUDA graph.
+All buffers follow from shapes, lengths are read on the device, and every sum has a fixed order: results
+repeat bit by bit and the launch can be captured in a CUDA graph.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from turboquant_kernels.aot import AotVariant
 from turboquant_kernels.codebook import codebook
 from turboquant_kernels.codec import Codec
-from turboquant_kernels.formats import PAGE_TOKENS
-from turboquant_kernels.packing import pages_of
-from turboquant_kernels.rotation import projection_matrix
+from turboquant_kernels.formats import (
+    ANCHOR_TOKENS,
+    COMPRESSED_FORMATS,
+    HEAD_DIMS,
+    PAGE_TOKENS,
+    SCALE_BYTES,
+    TIERS,
+    Encoding,
+    KVFormat,
+)
+from turboquant_kernels.packing import anchors_of, key_order, page_layout, pages_of
+from turboquant_kernels.queries.reference import MAX_QUERY, QuantizedQueries
+from turboquant_kernels.rotation import projection_matrix, rotation_matrix
 from turboquant_kernels.unpack import (
     coordinate,
     level_table,
@@ -40,9 +52,6 @@ from turboquant_kernels.unpack import (
     load_values,
     token_of,
 )
-
-if TYPE_CHECKING:
-    from turboquant_kernels.queries.reference import QuantizedQueries
 
 MAX_ROWS = 16
 """Rows of a program; more (many query tokens) are divided among programs, which each read the tokens."""
@@ -67,15 +76,27 @@ class Launch:
 
 
 def launch_of(head_dim: int, rows: int) -> Launch:
-    """The launch for `rows` rows (query heads of a KV head times query tokens)."""
+    """The launch for `rows` rows (query heads of a KV head times query tokens).
+
+    One warp for 128 coordinates: it waits for no other, and 16 of them hide the latency of memory (H200,
+    8 x 32,768 tokens, D = 128, 4 query heads a KV head). Programs are what the registers hold.
+    """
     held = min(max(triton.next_power_of_2(rows), 4), MAX_ROWS)
-    return Launch(held, tile_tokens=64, num_warps=4 if head_dim > 128 else 2, num_stages=1, programs_per_sm=8)
+    num_warps = 1 if head_dim <= 128 else 2
+    warps_per_sm = {4: 16, 8: 12, 16: 8}[held]
+    return Launch(
+        rows=held,
+        tile_tokens=32,
+        num_warps=num_warps,
+        num_stages=2,
+        programs_per_sm=warps_per_sm // num_warps,
+    )
 
 
 def attend_items(
     codec: Codec,
     launch: Launch,
-    queries: "QuantizedQueries",
+    queries: QuantizedQueries,
     kv_cache: torch.Tensor,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
@@ -89,16 +110,20 @@ def attend_items(
 ) -> None:
     """Fills the partial results of the items of a schedule.
 
-    queries: the rotated and quantized queries, [num_seqs * query_len, q_heads, ...]. kv_cache, block_table,
-    seq_lens: as `decode.reference.paged_attention` takes them, the last two int32. items: `Schedule.items`, in
-    units of whole tiles of `launch`. partial: float32 [items, kv_heads, row_groups, rows, D], values in steps of
-    their codebook relative to 2**maximum; stats: float32 [items, kv_heads, row_groups, rows, 2], maximum logit (base
-    2) and sum of weights. Entries of items without work stay as they are.
+    queries: [num_seqs * query_len, q_heads, ...]. kv_cache, block_table, seq_lens: as
+    `decode.reference.paged_attention` takes them, the last two int32. items: `Schedule.items`, in units of
+    whole tiles of `launch`. partial: float32 [items, kv_heads, row_groups, rows, D], sums of values in
+    `value_unit` relative to 2**maximum; stats: float32 [items, kv_heads, row_groups, rows, 2], the largest
+    logit (base 2) and the sum of weights. Entries of items without work stay as they are.
+
+    Raises ValueError where the cache's shape is not that of the codec's format.
     """
     _, block_size, kv_heads, _ = kv_cache.shape
-    pages_of(kv_cache, codec.layout)  # raises for a cache of another format
+    fmt, head_dim, device = codec.fmt, codec.head_dim, kv_cache.device
+    pages_of(kv_cache, codec.layout)
     group = queries.codes.shape[1] // kv_heads
-    projected = _project(codec, queries) if codec.layout.key_residual_signs is not None else (None, None)
+    projected = _project(codec, queries) if fmt.encoding is Encoding.PROD else (None, None)
+    anchors = anchors_of(kv_cache, fmt, head_dim) if fmt.anchor else None
     grid = (len(items), kv_heads, launch.row_groups(group * query_len))
     _attend_items[grid](
         items,
@@ -106,18 +131,22 @@ def attend_items(
         queries.scale,
         queries.half_sum,
         *projected,
+        _unrotated(codec, queries) if fmt.anchor else None,
+        anchors,
         kv_cache,
         block_table,
         seq_lens,
-        *_levels(codec, kv_cache.device),
+        level_table(fmt.key_code_bits, head_dim, device),
+        level_table(fmt.value_bits, head_dim, device),
         partial,
         stats,
         kv_cache.stride(0),
+        anchors.stride(0) if anchors is not None else 0,
         block_table.stride(0),
         query_len,
         window or 0,
         soft_cap * math.log2(math.e) if soft_cap else None,
-        **_constants(codec, launch, kv_heads, group, block_size),
+        **_constants(fmt, head_dim, launch, kv_heads, group, block_size),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )
@@ -128,9 +157,12 @@ def value_unit(codec: Codec) -> float:
     return codebook(codec.fmt.value_bits, codec.head_dim).step
 
 
-def _constants(codec: Codec, launch: Launch, kv_heads: int, group: int, block_size: int) -> dict[str, Any]:
+@cache
+def _constants(
+    fmt: KVFormat, head_dim: int, launch: Launch, kv_heads: int, group: int, block_size: int
+) -> dict[str, Any]:
     """What the kernel is specialized to."""
-    fmt, layout, head_dim = codec.fmt, codec.layout, codec.head_dim
+    layout = page_layout(fmt, head_dim)
     interpreted = triton.knobs.runtime.interpret
     return {
         "HEAD_DIM": head_dim,
@@ -139,29 +171,86 @@ def _constants(codec: Codec, launch: Launch, kv_heads: int, group: int, block_si
         "GROUP": group,
         "BLOCK_PAGES": block_size // PAGE_TOKENS,
         "PAGE_TOKENS": PAGE_TOKENS,
+        "ANCHOR_TOKENS": ANCHOR_TOKENS,
         "PAGE_BYTES": layout.page_bytes,
         "KEY_BITS": fmt.key_code_bits,
         "VALUE_BITS": fmt.value_bits,
         "VALUE_OFFSET": layout.value_planes[0].offset,
         "SIGNS_OFFSET": layout.key_residual_signs.offset if layout.key_residual_signs else 0,
         "SCALES_OFFSET": layout.scales.offset,
-        "SCALES": layout.scales.token_bytes // 2,
-        "KEY_READ": codec.key_order.read_bytes,
+        "SCALES": layout.scales.token_bytes // SCALE_BYTES,
+        "KEY_READ": key_order(fmt, head_dim).read_bytes,
         "KEY_PTX": "" if interpreted else levels_ptx(fmt.key_code_bits, head_dim, bf16=False),
         "VALUE_PTX": "" if interpreted else levels_ptx(fmt.value_bits, head_dim, bf16=True),
         "ROWS": launch.rows,
         "TILE": launch.tile_tokens,
         # The interpreter's matrix product of bf16 is wrong.
         "WEIGHT": tl.float32 if interpreted else tl.bfloat16,
-        "STAGES": launch.num_stages,
     }
 
 
-def _levels(codec: Codec, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    fmt, head_dim = codec.fmt, codec.head_dim
-    return (
-        level_table(fmt.key_code_bits, head_dim, device),
-        level_table(fmt.value_bits, head_dim, device),
+def variants() -> Iterator[AotVariant]:
+    """Every format and head dimension for 4 rows; more rows, and what calls may ask for, for some of them."""
+    for fmt in COMPRESSED_FORMATS:
+        for head_dim in HEAD_DIMS:
+            yield _variant(fmt, head_dim, group=4)
+    for fmt in TIERS.values():
+        for group in (8, 16):
+            for head_dim in (128, 256):
+                yield _variant(fmt, head_dim, group)
+        yield _variant(fmt, 128, group=4, query_len=4)
+        yield _variant(fmt, 128, group=4, soft_cap=True)
+        yield _variant(replace(fmt, anchor=True), 128, group=4, block_size=ANCHOR_TOKENS)
+
+
+def _variant(
+    fmt: KVFormat,
+    head_dim: int,
+    group: int,
+    *,
+    query_len: int = 1,
+    soft_cap: bool = False,
+    block_size: int = PAGE_TOKENS,
+) -> AotVariant:
+    launch = launch_of(head_dim, group * query_len)
+    signature = {
+        "items": "*i32",
+        "query_codes": "*i8",
+        "query_scale": "*fp32",
+        "query_half_sum": "*fp32",
+        "cache": "*u8",
+        "block_table": "*i32",
+        "seq_lens": "*i32",
+        "key_levels": "*i8",
+        "value_levels": "*i8",
+        "partial": "*fp32",
+        "stats": "*fp32",
+        "block_stride": "i64",
+        "anchor_stride": "i64",
+        "table_stride": "i32",
+        "window": "i32",
+    }
+    optional = {
+        "projected_codes": "*i8" if fmt.encoding is Encoding.PROD else None,
+        "projected_scale": "*fp32" if fmt.encoding is Encoding.PROD else None,
+        "anchor_queries": "*fp32" if fmt.anchor else None,
+        "anchors": "*bf16" if fmt.anchor else None,
+        "query_len": "i32" if query_len > 1 else None,
+        "soft_cap": "fp32" if soft_cap else None,
+    }
+    constexprs = _constants(fmt, head_dim, launch, 8, group, block_size)
+    absent: dict[str, Any] = {name: None for name, kind in optional.items() if kind is None}
+    if query_len == 1:
+        absent["query_len"] = 1
+    options = "-anchor" * fmt.anchor + "-cap" * soft_cap
+    return AotVariant(
+        name=f"decode-portable-{fmt.name.removeprefix('tq-')}-d{head_dim}-g{group}-q{query_len}{options}",
+        kernel=_attend_items,
+        signature=signature | {name: kind for name, kind in optional.items() if kind is not None},
+        constexprs=constexprs | absent,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        divisible=("block_stride",),
     )
 
 
@@ -170,21 +259,35 @@ def _projection(head_dim: int, seed: int, device: torch.device) -> torch.Tensor:
     return projection_matrix(head_dim, seed).to(device)
 
 
-def _project(codec: Codec, queries: "QuantizedQueries") -> tuple[torch.Tensor, torch.Tensor]:
-    """PROD: S q of the rotated queries, as int8 halves [tokens, q_heads, 2, D] and their unit [tokens, q_heads].
-
-    A key's residual is norm * sqrt(pi / 2) / D * S.T signs (paper, algorithm 2), so its part of the logit is the
-    sum of the signs times S q, times norm and that unit.
-    """
+def _whole(codec: Codec, queries: QuantizedQueries) -> torch.Tensor:
+    """The rotated queries, in units of a logit in base 2 to a key: float32 [tokens, q_heads, D]."""
+    high, low = queries.codes.float().unbind(-2)
     key_step = codebook(codec.fmt.key_code_bits, codec.head_dim).step
-    whole = queries.codes[..., 0, :].float() * 256 + queries.codes[..., 1, :].float()
-    projection = _projection(codec.head_dim, codec.seed, queries.codes.device)
-    projected = (whole * (queries.scale / key_step)[..., None]) @ projection.T
-    unit = (projected.abs().amax(-1) / 32512).clamp_min(torch.finfo(torch.float32).tiny)
+    return (256 * high + low) * (queries.scale / key_step)[..., None]
+
+
+def _project(codec: Codec, queries: QuantizedQueries) -> tuple[torch.Tensor, torch.Tensor]:
+    """PROD: S q, as int8 halves [tokens, q_heads, 2, D] and their unit, float32 [tokens, q_heads].
+
+    A key's residual is norm * sqrt(pi / 2) / D * S.T signs (paper, algorithm 2), so its part of the logit is
+    the sum of the signs times S q, times norm and that unit.
+    """
+    projected = _whole(codec, queries) @ _projection(codec.head_dim, codec.seed, queries.codes.device).T
+    unit = (projected.abs().amax(-1) / MAX_QUERY).clamp_min(torch.finfo(torch.float32).tiny)
     rounded = (projected / unit[..., None]).round()
     high = ((rounded + 128) / 256).floor()
     codes = torch.stack((high, rounded - 256 * high), dim=-2).to(torch.int8)
     return codes, unit * (math.sqrt(math.pi / 2) / codec.head_dim)
+
+
+def _unrotated(codec: Codec, queries: QuantizedQueries) -> torch.Tensor:
+    """The queries as anchors are stored, not rotated, in units of `_whole`: float32 [tokens, q_heads, D]."""
+    return _whole(codec, queries) @ _rotation(codec.head_dim, codec.seed, queries.codes.device)
+
+
+@cache
+def _rotation(head_dim: int, seed: int, device: torch.device) -> torch.Tensor:
+    return rotation_matrix(head_dim, seed).to(device)
 
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -222,7 +325,9 @@ def _attend_items(
     query_half_sum,  # float32 [tokens, q_heads]
     projected_codes,  # PROD: int8 [tokens, q_heads, 2, D]
     projected_scale,  # PROD: float32 [tokens, q_heads]
-    cache,  # uint8, blocks of `block_stride` bytes
+    anchor_queries,  # float32 [tokens, q_heads, D], not rotated; None: no anchors
+    anchors,  # bf16, of each block [BLOCK_PAGES / 8, kv_heads, D]
+    cache,  # uint8, blocks `block_stride` bytes apart
     block_table,  # int32 [num_seqs, table_stride]
     seq_lens,  # int32 [num_seqs]
     key_levels,  # int8: `unpack.level_table`
@@ -230,6 +335,7 @@ def _attend_items(
     partial,  # float32 [max_items, kv_heads, row_groups, ROWS, D], in steps of the codebook
     stats,  # float32 [max_items, kv_heads, row_groups, ROWS, 2]: maximum, sum of weights
     block_stride,
+    anchor_stride,
     table_stride,
     query_len,
     window,  # positions that a query sees, its own included; 0: all
@@ -240,6 +346,7 @@ def _attend_items(
     GROUP: tl.constexpr,  # query heads of a KV head
     BLOCK_PAGES: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
+    ANCHOR_TOKENS: tl.constexpr,
     PAGE_BYTES: tl.constexpr,
     KEY_BITS: tl.constexpr,
     VALUE_BITS: tl.constexpr,
@@ -253,7 +360,6 @@ def _attend_items(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     WEIGHT: tl.constexpr,  # type of weights and value levels: bf16, in the interpreter float32
-    STAGES: tl.constexpr,
 ):
     item = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -302,7 +408,19 @@ def _attend_items(
     slot = tl.arange(0, TILE)
     token = token_of(slot % PAGE_TOKENS)
     quad = tl.arange(0, TILE // 4)
-    for start in tl.range(begin, end, TILE, num_stages=STAGES):
+    first = begin
+    if anchors is not None:
+        # So that a tile has one anchor. What it has beyond the item is masked.
+        first = begin // TILE * TILE
+        natural = tl.arange(0, WIDTH)
+        anchor_mask = natural < HEAD_DIM
+        anchor_query = tl.load(
+            anchor_queries + query_row[None, :] * HEAD_DIM + natural[:, None],
+            mask=anchor_mask[:, None] & used[None, :],
+            other=0.0,
+        )
+        anchor_logit = tl.zeros([ROWS], tl.float32)
+    for start in range(first, end, TILE):
         first_page = start // PAGE_TOKENS
         # Pages beyond the end read the last one; their tokens are masked below.
         page_index = tl.minimum(first_page + slot // PAGE_TOKENS, last_page)
@@ -340,11 +458,23 @@ def _attend_items(
             )
             residual = _products((1 - 2 * signs).to(tl.int8), projected)
             logit += residual * (norm_scale[None, :] * norm[:, None])
+        if anchors is not None:
+            if (start == first) | (start % ANCHOR_TOKENS == 0):
+                block = tl.load(table + first_page // BLOCK_PAGES).to(tl.int64)
+                in_block = first_page % BLOCK_PAGES * PAGE_TOKENS // ANCHOR_TOKENS
+                vector = (
+                    anchors + block * anchor_stride + (in_block * KV_HEADS + kv_head) * HEAD_DIM + natural
+                )
+                anchor = tl.load(vector, mask=anchor_mask, other=0.0).to(tl.float32)
+                anchor_logit = tl.sum(anchor_query * anchor[:, None], axis=0)
+            logit += anchor_logit[None, :]
         if soft_cap is not None:
             logit = _soft_cap(logit, soft_cap)
         seen = key_position[:, None] <= position[None, :]
         if window > 0:
             seen &= key_position[:, None] > position[None, :] - window
+        if anchors is not None:
+            seen &= ((key_position >= begin) & (key_position < end))[:, None]
         logit = tl.where(seen, logit, float("-inf"))
 
         new_maximum = tl.maximum(maximum, tl.max(logit, axis=0))
