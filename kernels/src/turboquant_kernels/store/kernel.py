@@ -416,8 +416,11 @@ def _store_projected_signs(plane, row, used, residual, projection, HEAD_DIM: tl.
     """Signs of the projected residual, a byte of them at a time; prod is not made to be fast."""
     k = tl.arange(0, residual.shape[1])[None, :]
     for byte in tl.range(HEAD_DIM // 8, num_stages=1):
-        i = 8 * byte + tl.arange(0, 8)[:, None]
-        rows = tl.load(projection + i * HEAD_DIM + k, mask=k < HEAD_DIM, other=0.0)
-        projected = tl.sum(residual[:, None, :] * rows[None, :, :], axis=2)
-        signs = tl.sum((projected < 0).to(tl.int32) << tl.arange(0, 8)[None, :], axis=1)
+        signs = tl.zeros_like(row)
+        # Four at a time: eight products a vector, of 32 vectors at head_dim 80, would not fit the registers.
+        for first in tl.static_range(0, 8, 4):
+            i = first + tl.arange(0, 4)
+            rows = tl.load(projection + (8 * byte + i[:, None]) * HEAD_DIM + k, mask=k < HEAD_DIM, other=0.0)
+            projected = tl.sum(residual[:, None, :] * rows[None, :, :], axis=2)
+            signs += tl.sum((projected < 0).to(tl.int32) << i[None, :], axis=1)
         tl.store(plane + row * (HEAD_DIM // 8) + byte, signs.to(tl.uint8), mask=used)
