@@ -52,7 +52,6 @@ _WEIGHTS = gl.constexpr(
     "{ .reg .b32 y; prmt.b32 y, $1, $2, 0x4051; xor.b32 y, y, 0x80800000;"
     " movmatrix.sync.aligned.m8n8.trans.b16 $0, y; }"
 )
-_LAUNCH_NEXT = gl.constexpr("{ griddepcontrol.launch_dependents; mov.b32 $0, $1; }")
 _PREFETCH = gl.constexpr("{ prefetch.global.L2 [$1]; mov.b32 $0, 0; }")
 _LOG2 = gl.constexpr("lg2.approx.ftz.f32 $0, $1;")
 # Four tokens' weights -> two registers of two, with a zero after, and before, each.
@@ -74,6 +73,33 @@ def _page_layout(warps, pages):
     return gl.DistributedLinearLayout(
         basis(1, pages, 2), [[0, 0]] * 5, basis(0, warps, 2), [], [warps, pages]
     )
+
+
+@gluon.jit
+def _products(
+    keys,
+    registers,
+    q,
+    W: gl.constexpr,
+    P: gl.constexpr,
+    R: gl.constexpr,
+    D: gl.constexpr,
+    BITS: gl.constexpr,
+    ASM: gl.constexpr,
+    SHARED_QUERIES: gl.constexpr,
+    mma: gl.constexpr,
+):
+    """Integer products of a tile's keys and the queries, halves put together: float32 [W, 16 P tokens, R]."""
+    BLOCKS: gl.constexpr = blocks_of(D, 128)
+    A: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
+    B: gl.constexpr = gl.DotOperandLayout(1, mma, 4)
+    products = gl.full([W, P * 16, 2 * R], 0, gl.int32, mma)
+    for i in gl.static_range(len(BLOCKS)):
+        k8 = key_operand(keys[i], registers, W, P, BITS, BLOCKS[i], i, ASM, A)
+        q8 = load_shared_queries(q[i], W, 2 * R, BLOCKS[i], B) if SHARED_QUERIES else q[i]
+        products = mma_v2(k8, q8, products)
+    high, low = gl.split(gl.reshape(products, [W, P * 16, R, 2]))
+    return (high * 256 + low).to(gl.float32)
 
 
 @gluon.jit
@@ -220,6 +246,7 @@ def decode_kernel(
     VALUE_BLOCK: gl.constexpr,
     SHARED_QUERIES: gl.constexpr,
     EARLY: gl.constexpr,
+    OVERLAP: gl.constexpr,
     AHEAD: gl.constexpr,
     WINDOW: gl.constexpr,
     SOFT_CAP: gl.constexpr,
@@ -247,8 +274,6 @@ def decode_kernel(
     head = gl.program_id(1) // ROW_GROUPS
     group = gl.program_id(1) % ROW_GROUPS
     seq_len = gl.load(seq_lens + sequence)
-    # The merge may be launched; it waits for this kernel's end before it reads.
-    gl.inline_asm_elementwise(_LAUNCH_NEXT, "=r,r", [seq_len], dtype=gl.int32, is_pure=False, pack=1)
 
     # Rows: query head g of token i is row i * G + g, where G query heads share the KV head.
     G: gl.constexpr = GROUP
@@ -359,6 +384,18 @@ def decode_kernel(
     total = lane_zero  # of each lane's own tokens; summed over lanes at the end
     weight_sum = lane_zero
 
+    middle = current
+    s_ahead = gl.full([W, T, R], 0.0, gl.float32, S)
+    if OVERLAP:
+        middle = block * block_stride + (page % PAGES_OF_BLOCK) * (KV_HEADS * PAGE_WORDS)
+        s_ahead = _products(keys, key_registers, q, W, P, R, D, KEY_BITS, KEY_ASM, SHARED_QUERIES, mma)
+        next_keys = ()
+        for i in gl.static_range(len(KEY_BLOCKS)):
+            next_keys = next_keys + (load_keys(keys_at, middle, W, P, KEY_BITS, D, KEY_BLOCKS[i], i * 128),)
+        keys = next_keys
+        page = gl.minimum(first_page + 2 * W * P + mine, end_page - 1)
+        block = gl.load(table_row + page // PAGES_OF_BLOCK).to(OFFSET)
+
     for tile in range(gl.cdiv(end_page - first_page, W * P)):
         offset = block * block_stride + (page % PAGES_OF_BLOCK) * (KV_HEADS * PAGE_WORDS)
         if AHEAD > 0:
@@ -372,32 +409,30 @@ def decode_kernel(
             )
             ahead = gl.minimum(first_page + (tile + AHEAD + 2) * (W * P) + mine, end_page - 1)
             ahead_block = gl.load(table_row + ahead // PAGES_OF_BLOCK).to(OFFSET)
-        products = gl.full([W, T, N], 0, gl.int32, mma)
+        if OVERLAP:
+            # The next tile's products fill the waits of this one's weights.
+            next_s = _products(keys, key_registers, q, W, P, R, D, KEY_BITS, KEY_ASM, SHARED_QUERIES, mma)
+            s = s_ahead
+            s_ahead = next_s
+        else:
+            s = _products(keys, key_registers, q, W, P, R, D, KEY_BITS, KEY_ASM, SHARED_QUERIES, mma)
         next_keys = ()
-        for i in gl.static_range(len(KEY_BLOCKS)):
-            k8 = key_operand(keys[i], key_registers, W, P, KEY_BITS, KEY_BLOCKS[i], i, KEY_ASM, A)
-            if SHARED_QUERIES:
-                q8 = load_shared_queries(q[i], W, N, KEY_BLOCKS[i], B)
-            else:
-                q8 = q[i]
-            products = mma_v2(k8, q8, products)
-            if EARLY:
+        if EARLY or OVERLAP:
+            for i in gl.static_range(len(KEY_BLOCKS)):
                 next_keys = next_keys + (
                     load_keys(keys_at, offset, W, P, KEY_BITS, D, KEY_BLOCKS[i], i * 128),
                 )
-        if EARLY:
             keys = next_keys
-        else:
+        if not EARLY:
             late = ()
             for i in gl.static_range(len(VALUE_BLOCKS)):
                 first = i * VALUE_BLOCK
                 late = late + (load_values(values_at, current, W, P, VALUE_BITS, D, VALUE_BLOCKS[i], first),)
-            current = offset
-        high, low = gl.split(gl.reshape(products, [W, T, R, 2]))
-        s = (high * 256 + low).to(gl.float32)
         key_scale, value_scale = gl.split(scales)  # [W, P, 2, 8]
         scale_offset = gl.convert_layout(
-            offset, gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, SCALES))), assert_trivial=True
+            middle if OVERLAP else offset,
+            gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, SCALES))),
+            assert_trivial=True,
         )
         scales = gl.load((scales_at + scale_within) + scale_offset[:, :, None, None, None] * 2)
         key_scale = gl.convert_layout(
@@ -414,7 +449,7 @@ def decode_kernel(
         weighted = s + _log2_of_scale(value_scale)
         tile_first = first_page * 16 + tile * (W * T)
         # Most tiles are seen whole. Slots behind the end hold anything, NaN too.
-        if WINDOW or tile_first + W * T > seen_by_all:
+        if WINDOW or OVERLAP or tile_first + W * T > seen_by_all:
             position = tile_first + warp_token
             seen = position <= last[:, None, :]
             if WINDOW:
@@ -456,18 +491,32 @@ def decode_kernel(
                 )
             if EARLY:
                 next_values = next_values + (
-                    load_values(values_at, offset, W, P, VALUE_BITS, D, VALUE_BLOCKS[i], i * VALUE_BLOCK),
+                    load_values(
+                        values_at,
+                        middle if OVERLAP else offset,
+                        W,
+                        P,
+                        VALUE_BITS,
+                        D,
+                        VALUE_BLOCKS[i],
+                        i * VALUE_BLOCK,
+                    ),
                 )
         attended = new_attended
         if EARLY:
             values = next_values
-        else:
+        if not EARLY and not OVERLAP:
             for i in gl.static_range(len(KEY_BLOCKS)):
                 next_keys = next_keys + (
                     load_keys(keys_at, offset, W, P, KEY_BITS, D, KEY_BLOCKS[i], i * 128),
                 )
             keys = next_keys
-        page = gl.minimum(first_page + (tile + 2) * (W * P) + mine, end_page - 1)
+        if OVERLAP:
+            current = middle
+            middle = offset
+        else:
+            current = offset
+        page = gl.minimum(first_page + (tile + 2 + OVERLAP) * (W * P) + mine, end_page - 1)
         block = gl.load(table_row + page // PAGES_OF_BLOCK).to(OFFSET)
 
     total = gl.convert_layout(gl.sum(total, axis=1), ROW)
