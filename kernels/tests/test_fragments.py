@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from turboquant_kernels.codebook import codebook
-from turboquant_kernels.decode.fragments import (
+from turboquant_kernels.decode.hopper.fragments import (
     WORD_SHIFT,
     fragment,
     key_coordinate,

@@ -15,8 +15,9 @@ from triton.experimental.gluon import language as gl
 from turboquant_kernels.aot import AotVariant
 from turboquant_kernels.codebook import codebook
 from turboquant_kernels.codec import Codec
-from turboquant_kernels.decode.fragments import WORD_SHIFT, fragment, level_table, table_registers
-from turboquant_kernels.decode.hopper_kernel import WEIGHT_ONE, blocks_of, decode_kernel
+from turboquant_kernels.decode.hopper.fragments import WORD_SHIFT, fragment, level_table, table_registers
+from turboquant_kernels.decode.hopper.kernel import WEIGHT_ONE, decode_kernel
+from turboquant_kernels.decode.hopper.operands import blocks_of
 from turboquant_kernels.formats import PAGE_TOKENS, Encoding, KVFormat
 from turboquant_kernels.packing import PLANES
 from turboquant_kernels.queries.reference import QuantizedQueries

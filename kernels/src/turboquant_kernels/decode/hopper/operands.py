@@ -1,4 +1,4 @@
-"""Loads of packed keys and values, and the operands of integer tensor cores that `fragments` makes of them.
+"""Loads of packed codes, and the operands of integer tensor cores that `fragments` makes of keys and queries.
 
 Every warp has its own pages; a tensor's first two dimensions are [warps, pages of a warp]. Lane 4 r + t of
 a warp stands in row r and column group t of `mma.m16n8k32`'s operands. Each conversion of a layout here is
@@ -16,7 +16,13 @@ MOVE = gl.constexpr("mov.b32 $0, $1;")
 
 
 @gluon.constexpr_function
-def _item(items, *index):
+def blocks_of(head_dim, largest):
+    """Pieces of a vector that are read at once: `largest` coordinates, the last one maybe fewer."""
+    return tuple(min(largest, head_dim - first) for first in range(0, head_dim, largest))
+
+
+@gluon.constexpr_function
+def item_of(items, *index):
     """items[i][j]...: subscripts of a constexpr tuple lose that they are constexpr."""
     for i in index:
         items = items[i]
@@ -81,7 +87,7 @@ def load_table(pointer, COUNT: gl.constexpr, W: gl.constexpr, P: gl.constexpr):
 
 
 @gluon.jit
-def _spread(registers, W: gl.constexpr, P: gl.constexpr, CHUNKS: gl.constexpr):
+def spread(registers, W: gl.constexpr, P: gl.constexpr, CHUNKS: gl.constexpr):
     """Each lane's word for every element of [W, P, 32, CHUNKS, 4]."""
     zero = gl.full([W, P, 32, CHUNKS, 4], 0, gl.int32, _byte_layout(W, P, CHUNKS))
     spread = ()
@@ -120,7 +126,7 @@ def _unpack(x, W: gl.constexpr, PAGES: gl.constexpr, CHUNKS: gl.constexpr, N: gl
 
 
 @gluon.jit
-def _join8(o):
+def join8(o):
     """Eight tensors [...] -> [..., 2, 2, 2], the lowest bit of the index first."""
     low = gl.join(gl.join(o[0], o[1]), gl.join(o[2], o[3]))
     high = gl.join(gl.join(o[4], o[5]), gl.join(o[6], o[7]))
@@ -128,7 +134,7 @@ def _join8(o):
 
 
 @gluon.jit
-def _load(
+def load_plane(
     base,
     offset,
     W: gl.constexpr,
@@ -173,12 +179,14 @@ def load_keys(
     """Packed keys of coordinates FIRST .. FIRST + BLOCK of P pages a warp: one tensor a plane."""
     WIDTH: gl.constexpr = 8 if BITS == 8 else (2 if BITS < 4 else 4)
     WORDS: gl.constexpr = BLOCK * WIDTH // 128
-    planes = (_load(base + FIRST * WIDTH // 32, offset, W, P, 2, WORDS, True, D * WIDTH // 32, 1),)
+    planes = (load_plane(base + FIRST * WIDTH // 32, offset, W, P, 2, WORDS, True, D * WIDTH // 32, 1),)
     if BITS == 3 or BITS == 5 or BITS == 6:
         at = D * WIDTH // 2 + FIRST // 32
-        planes = planes + (_load(base + at, offset, W, P, 2, 1, True, D // 32, 128 // BLOCK),)
+        planes = planes + (load_plane(base + at, offset, W, P, 2, 1, True, D // 32, 128 // BLOCK),)
         if BITS == 6:
-            planes = planes + (_load(base + at + D // 2, offset, W, P, 2, 1, True, D // 32, 128 // BLOCK),)
+            planes = planes + (
+                load_plane(base + at + D // 2, offset, W, P, 2, 1, True, D // 32, 128 // BLOCK),
+            )
     return planes
 
 
@@ -209,7 +217,7 @@ def key_operand(
             lane = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, word.type.layout))))
             word = word >> ((lane % 2) * (2 if BITS == 3 else 4))[None, None, :, None]
         inputs = inputs + (bytes_of_words(word, W, P, 2),)
-    inputs = inputs + _spread(registers, W, P, 2)
+    inputs = inputs + spread(registers, W, P, 2)
     if BITS == 8:
         o = ()
         for i in gl.static_range(WORDS):
@@ -220,8 +228,8 @@ def key_operand(
             )
     elif BLOCK == 128:
         o = gl.inline_asm_elementwise(
-            _item(ASM, INDEX, 0),
-            _item(ASM, INDEX, 1),
+            item_of(ASM, INDEX, 0),
+            item_of(ASM, INDEX, 1),
             inputs,
             is_pure=True,
             pack=4,
@@ -229,118 +237,20 @@ def key_operand(
         )
     else:
         o = gl.inline_asm_elementwise(
-            _item(ASM, INDEX, 0),
-            _item(ASM, INDEX, 1),
+            item_of(ASM, INDEX, 0),
+            item_of(ASM, INDEX, 1),
             inputs,
             is_pure=True,
             pack=4,
             dtype=(gl.int8, gl.int8, gl.int8, gl.int8),
         )
     if BLOCK == 128:
-        y = gl.reshape(_join8(o), [W, P, 8, 4, 2, 4, 2, 2, 2])  # page, r, t, n0, byte, register (3 bits)
+        y = gl.reshape(join8(o), [W, P, 8, 4, 2, 4, 2, 2, 2])  # page, r, t, n0, byte, register (3 bits)
         y = gl.permute(y, [0, 1, 4, 2, 8, 7, 6, 3, 5])  # page n0 r | register t byte
     else:
         y = gl.join(gl.join(o[0], o[1]), gl.join(o[2], o[3]))
         y = gl.permute(gl.reshape(y, [W, P, 8, 4, 2, 4, 2, 2]), [0, 1, 4, 2, 7, 6, 3, 5])
     return gl.convert_layout(gl.reshape(y, [W, P * 16, BLOCK]), A, assert_trivial=True)
-
-
-@gluon.constexpr_function
-def value_chunks(bits, block):
-    """Loads of up to 16 bytes a lane in which a block of coordinates is read: chunks, words a chunk."""
-    words = block * bits // 64
-    return (max(1, words // 4), min(4, words))
-
-
-@gluon.jit
-def load_values(
-    base,
-    offset,
-    W: gl.constexpr,
-    P: gl.constexpr,
-    BITS: gl.constexpr,
-    D: gl.constexpr,
-    BLOCK: gl.constexpr,
-    FIRST: gl.constexpr,
-):
-    """Packed values of coordinates FIRST .. FIRST + BLOCK of P pages a warp: one tensor a plane."""
-    WIDTH: gl.constexpr = 2 if BITS == 3 else BITS
-    C: gl.constexpr = value_chunks(WIDTH, BLOCK)
-    planes = (_load(base + FIRST * WIDTH // 8, offset, W, P, C[0], C[1], False, D * WIDTH // 8, 1),)
-    if BITS == 3:
-        at = base + D * WIDTH // 2 + FIRST // 8
-        planes = planes + (_load(at, offset, W, P, 1, BLOCK // 64, False, D // 8, 1),)
-    return planes
-
-
-@gluon.jit
-def value_operand(
-    planes,
-    registers,
-    W: gl.constexpr,
-    P: gl.constexpr,
-    BITS: gl.constexpr,
-    BLOCK: gl.constexpr,
-    ASM: gl.constexpr,
-    A: gl.constexpr,
-):
-    """Packed values -> the operand whose contraction index are tokens.
-
-    8 bits: int8 [W, BLOCK coordinates, 16 P tokens]. Else int8 [W, BLOCK / 2 pairs of coordinates, 32 P]:
-    of every two tokens (first: low, high; second: low, high).
-    """
-    WIDTH: gl.constexpr = 2 if BITS == 3 else BITS
-    C: gl.constexpr = value_chunks(WIDTH, BLOCK)
-    WORDS: gl.constexpr = C[0] * C[1]
-    x = gl.permute(gl.reshape(planes[0], [W, P, C[0], 32, C[1]]), [0, 1, 3, 2, 4])
-    if BITS == 8:
-        x = bytes_of_words(gl.reshape(x, [W, P, 32, WORDS]), W, P, WORDS)
-        y = gl.inline_asm_elementwise(MOVE, "=r,r,r,r,r", [x], dtype=gl.int8, is_pure=True, pack=4)
-        y = gl.permute(gl.reshape(y, [W, P, 8, 4, WORDS, 4]), [0, 4, 2, 1, 3, 5])  # word r | page t byte
-    elif BITS == 4:
-        x = bytes_of_words(gl.reshape(x, [W, P, 32, WORDS]), W, P, WORDS)
-        a, b = gl.inline_asm_elementwise(
-            _item(ASM, 0),
-            _item(ASM, 1),
-            (x,) + _spread(registers, W, P, WORDS),
-            is_pure=True,
-            pack=4,
-            dtype=(gl.int8, gl.int8),
-        )
-        y = gl.reshape(gl.join(a, b), [W, P, 8, 4, WORDS, 4, 2])  # page, r, t, word, byte, half
-        y = gl.permute(y, [0, 4, 2, 1, 6, 3, 5])  # word r | page half t byte
-    elif BITS == 3:
-        a, b = gl.split(gl.reshape(x, [W, P, 32, WORDS // 2, 2]))
-        a = bytes_of_words(a, W, P, WORDS // 2)
-        b = bytes_of_words(b, W, P, WORDS // 2)
-        plane = bytes_of_words(gl.reshape(planes[1], [W, P, 32, WORDS // 2]), W, P, WORDS // 2)
-        o = gl.inline_asm_elementwise(
-            _item(ASM, 0),
-            _item(ASM, 1),
-            (a, b, plane) + _spread(registers, W, P, WORDS // 2),
-            is_pure=True,
-            pack=4,
-            dtype=(gl.int8, gl.int8, gl.int8, gl.int8, gl.int8, gl.int8, gl.int8, gl.int8),
-        )
-        y = gl.reshape(
-            _join8(o), [W, P, 8, 4, WORDS // 2, 4, 2, 2, 2]
-        )  # page, r, t, pair, byte, odd, half, word
-        y = gl.permute(y, [0, 4, 8, 6, 2, 1, 7, 3, 5])  # pair word odd r | page half t byte
-    else:
-        x = bytes_of_words(gl.reshape(x, [W, P, 32, WORDS]), W, P, WORDS)
-        o = gl.inline_asm_elementwise(
-            _item(ASM, 0),
-            _item(ASM, 1),
-            (x,) + _spread(registers, W, P, WORDS),
-            is_pure=True,
-            pack=4,
-            dtype=(gl.int8, gl.int8, gl.int8, gl.int8),
-        )
-        y = gl.join(gl.join(o[0], o[1]), gl.join(o[2], o[3]))
-        y = gl.reshape(y, [W, P, 8, 4, WORDS, 4, 2, 2])  # page, r, t, word, byte, odd, half
-        y = gl.permute(y, [0, 4, 6, 2, 1, 7, 3, 5])  # word odd r | page half t byte
-    ZEROS: gl.constexpr = 1 if BITS == 8 else 2
-    return gl.convert_layout(gl.reshape(y, [W, BLOCK // ZEROS, P * 16 * ZEROS]), A, assert_trivial=True)
 
 
 @gluon.jit

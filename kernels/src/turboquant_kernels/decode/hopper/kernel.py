@@ -23,26 +23,29 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from turboquant_kernels.decode.operands import (
-    MOVE,
+from turboquant_kernels.decode.hopper.operands import (
     basis,
+    blocks_of,
     bytes_of_words,
     key_operand,
     load_keys,
     load_queries,
     load_shared_queries,
     load_table,
-    load_values,
     share_queries,
-    value_chunks,
+)
+from turboquant_kernels.decode.hopper.values import (
+    MAGIC,
+    add_attended,
+    load_values,
+    no_attended,
+    store_attended,
     value_operand,
+    weight_operand,
 )
 
 WEIGHT_ONE = gl.constexpr(32512.0)
 """Fixed-point weight of the largest token: 127 * 256, so that both halves are int8."""
-_MAGIC = gl.constexpr(12582912.0)
-"""1.5 * 2**23: a float32 above it holds an integer in its low bits."""
-_MAGIC_BITS = gl.constexpr(0x4B400000)
 _NOTHING = gl.constexpr(-1e30)
 """Logit of a token that a row does not see; finite, so that no difference of two is NaN."""
 
@@ -54,9 +57,6 @@ _WEIGHTS = gl.constexpr(
 )
 _PREFETCH = gl.constexpr("{ prefetch.global.L2 [$1]; mov.b32 $0, 0; }")
 _LOG2 = gl.constexpr("lg2.approx.ftz.f32 $0, $1;")
-# Four tokens' weights -> two registers of two, with a zero after, and before, each.
-_LOW_WEIGHTS = gl.constexpr("{ prmt.b32 $0, $2, 0, 0x4140; prmt.b32 $1, $2, 0, 0x4342; }")
-_HIGH_WEIGHTS = gl.constexpr("{ prmt.b32 $0, $2, 0, 0x1404; prmt.b32 $1, $2, 0, 0x3424; }")
 
 
 @gluon.constexpr_function
@@ -103,59 +103,6 @@ def _products(
 
 
 @gluon.jit
-def _attend(
-    attended, decay, v, weights, W: gl.constexpr, M: gl.constexpr, R: gl.constexpr, mma: gl.constexpr
-):
-    """attended * decay + v @ weights, of which the columns are high and low halves: float32 [W, M, R]."""
-    pv = mma_v2(v, weights, gl.full([W, M, 2 * R], _MAGIC_BITS, gl.int32, mma))
-    high, low = gl.split(gl.reshape(pv.to(gl.float32, bitcast=True), [W, M, R, 2]))
-    decay = gl.convert_layout(decay, gl.SliceLayout(1, high.type.layout), assert_trivial=True)[:, None, :]
-    return (attended * decay + (low - _MAGIC)) + (high - _MAGIC) * 256.0
-
-
-@gluon.jit
-def _no_attended(W: gl.constexpr, M: gl.constexpr, R: gl.constexpr, mma: gl.constexpr):
-    """Zeros, float32 [W, M, R], as `_attend` lays its result out."""
-    zero, _ = gl.split(gl.reshape(gl.full([W, M, 2 * R], 0.0, gl.float32, mma), [W, M, R, 2]))
-    return zero
-
-
-@gluon.jit
-def _weight_operand(
-    moved, W: gl.constexpr, P: gl.constexpr, R: gl.constexpr, B: gl.constexpr, ZEROS: gl.constexpr
-):
-    """Transposed weights, int32 [W, P * R / 4, 32, 1, 4] -> int8 [W, 16 P tokens, 2 R].
-
-    ZEROS: two such operands [W, 32 P, 2 R], each token's weight followed by a zero, and after one.
-    """
-    N: gl.constexpr = R // 4
-    if ZEROS:
-        a, b = gl.inline_asm_elementwise(
-            _LOW_WEIGHTS, "=&r,=&r,r,r,r,r", [moved], dtype=(gl.int8, gl.int8), is_pure=True, pack=4
-        )
-        c, d = gl.inline_asm_elementwise(
-            _HIGH_WEIGHTS, "=&r,=&r,r,r,r,r", [moved], dtype=(gl.int8, gl.int8), is_pure=True, pack=4
-        )
-        low = gl.permute(
-            gl.reshape(gl.join(a, b), [W, P, N, 8, 4, 4, 2]), [0, 1, 6, 4, 5, 2, 3]
-        )  # page half t byte | column
-        high = gl.permute(gl.reshape(gl.join(c, d), [W, P, N, 8, 4, 4, 2]), [0, 1, 6, 4, 5, 2, 3])
-        low = gl.convert_layout(gl.reshape(low, [W, P * 32, 2 * R]), B, assert_trivial=True)
-        high = gl.convert_layout(gl.reshape(high, [W, P * 32, 2 * R]), B, assert_trivial=True)
-        return (low, high)
-    else:
-        x = gl.inline_asm_elementwise(MOVE, "=r,r,r,r,r", [moved], dtype=gl.int8, is_pure=True, pack=4)
-        x = gl.permute(gl.reshape(x, [W, P, N, 8, 4, 4]), [0, 1, 4, 5, 2, 3])
-        return (gl.convert_layout(gl.reshape(x, [W, P * 16, 2 * R]), B, assert_trivial=True),)
-
-
-@gluon.constexpr_function
-def blocks_of(head_dim, largest):
-    """Pieces of a vector that are read at once: `largest` coordinates, the last one maybe fewer."""
-    return tuple(min(largest, head_dim - first) for first in range(0, head_dim, largest))
-
-
-@gluon.jit
 def _prefetch(base, offset, W: gl.constexpr, P: gl.constexpr, WORDS: gl.constexpr):
     """Starts the way of P pages of WORDS words a warp to the L2 cache: a line of 128 bytes a lane."""
     L: gl.constexpr = gl.DistributedLinearLayout(
@@ -174,41 +121,6 @@ def _log2_of_scale(scale):
     return gl.inline_asm_elementwise(
         _LOG2, "=f,f", [scale + 2.0**-40], dtype=gl.float32, is_pure=True, pack=1
     )
-
-
-@gluon.jit
-def _store_attended(
-    pointer,
-    x,
-    half_weight,
-    share,
-    piece,
-    W: gl.constexpr,
-    R: gl.constexpr,
-    D: gl.constexpr,
-    BITS: gl.constexpr,
-    BLOCK: gl.constexpr,
-):
-    """Merges the warps and stores a piece, float32 [W, M, R], whose rows are in the order of the value
-    operand."""
-    S: gl.constexpr = gl.SliceLayout(1, x.type.layout)
-    half_weight = gl.convert_layout(half_weight, S)[:, None, :]
-    share = gl.convert_layout(share, S)[:, None, :]
-    x = gl.sum((x + half_weight) * share, axis=0)
-    X: gl.constexpr = x.type.layout
-    row = gl.arange(0, x.shape[0], gl.SliceLayout(1, X))[:, None]
-    r = row % 8
-    word = row // 8
-    if BITS == 8:
-        WORDS: gl.constexpr = value_chunks(8, BLOCK)[1]
-        coordinate = word // WORDS * (8 * WORDS) + r * WORDS + word % WORDS
-    elif BITS == 4:
-        WORDS: gl.constexpr = value_chunks(4, BLOCK)[1]
-        coordinate = word // WORDS * (16 * WORDS) + r * (2 * WORDS) + word % WORDS * 2 + piece
-    else:
-        coordinate = r * (BLOCK // 8) + word // 2 * 4 + word % 2 + 2 * piece
-    query = gl.arange(0, R, gl.SliceLayout(0, X))[None, :]
-    gl.store(pointer + query * D + coordinate, x)
 
 
 @gluon.jit
@@ -378,7 +290,7 @@ def decode_kernel(
     attended = ()
     for i in gl.static_range(len(VALUE_BLOCKS)):
         for _ in gl.static_range(PIECES):
-            attended = attended + (_no_attended(W, VALUE_BLOCKS[i] // PIECES, R, mma),)
+            attended = attended + (no_attended(W, VALUE_BLOCKS[i] // PIECES, R, mma),)
 
     lane_zero = gl.sum(gl.reshape(gl.full([W, T, R], 0.0, gl.float32, S), [W, 2 * P, 8, R]), axis=1)
     total = lane_zero  # of each lane's own tokens; summed over lanes at the end
@@ -467,7 +379,7 @@ def decode_kernel(
             gl.reshape(gl.exp2(s - new_maximum[:, None, :]), [W, 2 * P, 8, R]), axis=1
         )
         weight_sum = weight_sum * lane_decay + gl.sum(gl.reshape(p, [W, 2 * P, 8, R]), axis=1)
-        fixed = p * WEIGHT_ONE + (_MAGIC + 128.0)
+        fixed = p * WEIGHT_ONE + (MAGIC + 128.0)
 
         p0, p1 = gl.split(
             gl.permute(gl.reshape(fixed.to(gl.int32, bitcast=True), [W, P, 2, 8, R]), [0, 1, 3, 4, 2])
@@ -477,7 +389,7 @@ def decode_kernel(
             p1 = gl.permute(gl.reshape(p1, [W, P, 8, 2, 4]), [0, 1, 3, 2, 4])
         moved = gl.inline_asm_elementwise(_WEIGHTS, "=r,r,r", [p0, p1], dtype=gl.int32, is_pure=True, pack=1)
         moved = bytes_of_words(gl.reshape(moved, [W, P * R // 4, 32, 1]), W, P * R // 4, 1)
-        weights = _weight_operand(moved, W, P, R, B, PIECES == 2)
+        weights = weight_operand(moved, W, P, R, B, PIECES == 2)
 
         new_attended = ()
         next_values = ()
@@ -487,7 +399,7 @@ def decode_kernel(
             for piece in gl.static_range(PIECES):
                 x = attended[PIECES * i + piece]
                 new_attended = new_attended + (
-                    _attend(x, decay, v, weights[piece], W, VALUE_BLOCKS[i] // PIECES, R, mma),
+                    add_attended(x, decay, v, weights[piece], W, VALUE_BLOCKS[i] // PIECES, R, mma),
                 )
             if EARLY:
                 next_values = next_values + (
@@ -527,7 +439,7 @@ def decode_kernel(
     out_row = (item * KV_HEADS + head) * ROW_GROUPS + group
     for i in gl.static_range(len(VALUE_BLOCKS)):
         for piece in gl.static_range(PIECES):
-            _store_attended(
+            store_attended(
                 partial + out_row * R * D + i * VALUE_BLOCK,
                 attended[PIECES * i + piece],
                 half_weight,

@@ -1,0 +1,206 @@
+"""Values and weights of the Hopper kernel: packed values to operands, and their products with the weights.
+
+Coordinates are rows, tokens are contracted. At 2 to 4 bits a register of values holds two coordinates of
+two tokens (`fragments`), so the weights come twice, with a zero after and before each, and every product
+gives half of the coordinates: one `piece` of a block.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+from turboquant_kernels.decode.hopper.operands import (
+    MOVE,
+    bytes_of_words,
+    item_of,
+    join8,
+    load_plane,
+    spread,
+)
+
+MAGIC = gl.constexpr(12582912.0)
+"""1.5 * 2**23: a float32 above it holds an integer in its low bits."""
+_MAGIC_BITS = gl.constexpr(0x4B400000)
+# Four tokens' weights -> two registers of two, with a zero after, and before, each.
+_LOW_WEIGHTS = gl.constexpr("{ prmt.b32 $0, $2, 0, 0x4140; prmt.b32 $1, $2, 0, 0x4342; }")
+_HIGH_WEIGHTS = gl.constexpr("{ prmt.b32 $0, $2, 0, 0x1404; prmt.b32 $1, $2, 0, 0x3424; }")
+
+
+@gluon.constexpr_function
+def value_chunks(bits, block):
+    """Loads of up to 16 bytes a lane in which a block of coordinates is read: chunks, words a chunk."""
+    words = block * bits // 64
+    return (max(1, words // 4), min(4, words))
+
+
+@gluon.jit
+def load_values(
+    base,
+    offset,
+    W: gl.constexpr,
+    P: gl.constexpr,
+    BITS: gl.constexpr,
+    D: gl.constexpr,
+    BLOCK: gl.constexpr,
+    FIRST: gl.constexpr,
+):
+    """Packed values of coordinates FIRST .. FIRST + BLOCK of P pages a warp: one tensor a plane."""
+    WIDTH: gl.constexpr = 2 if BITS == 3 else BITS
+    C: gl.constexpr = value_chunks(WIDTH, BLOCK)
+    planes = (load_plane(base + FIRST * WIDTH // 8, offset, W, P, C[0], C[1], False, D * WIDTH // 8, 1),)
+    if BITS == 3:
+        at = base + D * WIDTH // 2 + FIRST // 8
+        planes = planes + (load_plane(at, offset, W, P, 1, BLOCK // 64, False, D // 8, 1),)
+    return planes
+
+
+@gluon.jit
+def value_operand(
+    planes,
+    registers,
+    W: gl.constexpr,
+    P: gl.constexpr,
+    BITS: gl.constexpr,
+    BLOCK: gl.constexpr,
+    ASM: gl.constexpr,
+    A: gl.constexpr,
+):
+    """Packed values -> the operand whose contraction index are tokens.
+
+    8 bits: int8 [W, BLOCK coordinates, 16 P tokens]. Else int8 [W, BLOCK / 2 pairs of coordinates, 32 P]:
+    of every two tokens (first: low, high; second: low, high).
+    """
+    WIDTH: gl.constexpr = 2 if BITS == 3 else BITS
+    C: gl.constexpr = value_chunks(WIDTH, BLOCK)
+    WORDS: gl.constexpr = C[0] * C[1]
+    x = gl.permute(gl.reshape(planes[0], [W, P, C[0], 32, C[1]]), [0, 1, 3, 2, 4])
+    if BITS == 8:
+        x = bytes_of_words(gl.reshape(x, [W, P, 32, WORDS]), W, P, WORDS)
+        y = gl.inline_asm_elementwise(MOVE, "=r,r,r,r,r", [x], dtype=gl.int8, is_pure=True, pack=4)
+        y = gl.permute(gl.reshape(y, [W, P, 8, 4, WORDS, 4]), [0, 4, 2, 1, 3, 5])  # word r | page t byte
+    elif BITS == 4:
+        x = bytes_of_words(gl.reshape(x, [W, P, 32, WORDS]), W, P, WORDS)
+        a, b = gl.inline_asm_elementwise(
+            item_of(ASM, 0),
+            item_of(ASM, 1),
+            (x,) + spread(registers, W, P, WORDS),
+            is_pure=True,
+            pack=4,
+            dtype=(gl.int8, gl.int8),
+        )
+        y = gl.reshape(gl.join(a, b), [W, P, 8, 4, WORDS, 4, 2])  # page, r, t, word, byte, half
+        y = gl.permute(y, [0, 4, 2, 1, 6, 3, 5])  # word r | page half t byte
+    elif BITS == 3:
+        a, b = gl.split(gl.reshape(x, [W, P, 32, WORDS // 2, 2]))
+        a = bytes_of_words(a, W, P, WORDS // 2)
+        b = bytes_of_words(b, W, P, WORDS // 2)
+        plane = bytes_of_words(gl.reshape(planes[1], [W, P, 32, WORDS // 2]), W, P, WORDS // 2)
+        o = gl.inline_asm_elementwise(
+            item_of(ASM, 0),
+            item_of(ASM, 1),
+            (a, b, plane) + spread(registers, W, P, WORDS // 2),
+            is_pure=True,
+            pack=4,
+            dtype=(gl.int8, gl.int8, gl.int8, gl.int8, gl.int8, gl.int8, gl.int8, gl.int8),
+        )
+        y = gl.reshape(
+            join8(o), [W, P, 8, 4, WORDS // 2, 4, 2, 2, 2]
+        )  # page, r, t, pair, byte, odd, half, word
+        y = gl.permute(y, [0, 4, 8, 6, 2, 1, 7, 3, 5])  # pair word odd r | page half t byte
+    else:
+        x = bytes_of_words(gl.reshape(x, [W, P, 32, WORDS]), W, P, WORDS)
+        o = gl.inline_asm_elementwise(
+            item_of(ASM, 0),
+            item_of(ASM, 1),
+            (x,) + spread(registers, W, P, WORDS),
+            is_pure=True,
+            pack=4,
+            dtype=(gl.int8, gl.int8, gl.int8, gl.int8),
+        )
+        y = gl.join(gl.join(o[0], o[1]), gl.join(o[2], o[3]))
+        y = gl.reshape(y, [W, P, 8, 4, WORDS, 4, 2, 2])  # page, r, t, word, byte, odd, half
+        y = gl.permute(y, [0, 4, 6, 2, 1, 7, 3, 5])  # word odd r | page half t byte
+    ZEROS: gl.constexpr = 1 if BITS == 8 else 2
+    return gl.convert_layout(gl.reshape(y, [W, BLOCK // ZEROS, P * 16 * ZEROS]), A, assert_trivial=True)
+
+
+@gluon.jit
+def weight_operand(
+    moved, W: gl.constexpr, P: gl.constexpr, R: gl.constexpr, B: gl.constexpr, ZEROS: gl.constexpr
+):
+    """Transposed weights, int32 [W, P * R / 4, 32, 1, 4] -> int8 [W, 16 P tokens, 2 R].
+
+    ZEROS: two such operands [W, 32 P, 2 R], each token's weight followed by a zero, and after one.
+    """
+    N: gl.constexpr = R // 4
+    if ZEROS:
+        a, b = gl.inline_asm_elementwise(
+            _LOW_WEIGHTS, "=&r,=&r,r,r,r,r", [moved], dtype=(gl.int8, gl.int8), is_pure=True, pack=4
+        )
+        c, d = gl.inline_asm_elementwise(
+            _HIGH_WEIGHTS, "=&r,=&r,r,r,r,r", [moved], dtype=(gl.int8, gl.int8), is_pure=True, pack=4
+        )
+        low = gl.permute(
+            gl.reshape(gl.join(a, b), [W, P, N, 8, 4, 4, 2]), [0, 1, 6, 4, 5, 2, 3]
+        )  # page half t byte | column
+        high = gl.permute(gl.reshape(gl.join(c, d), [W, P, N, 8, 4, 4, 2]), [0, 1, 6, 4, 5, 2, 3])
+        low = gl.convert_layout(gl.reshape(low, [W, P * 32, 2 * R]), B, assert_trivial=True)
+        high = gl.convert_layout(gl.reshape(high, [W, P * 32, 2 * R]), B, assert_trivial=True)
+        return (low, high)
+    else:
+        x = gl.inline_asm_elementwise(MOVE, "=r,r,r,r,r", [moved], dtype=gl.int8, is_pure=True, pack=4)
+        x = gl.permute(gl.reshape(x, [W, P, N, 8, 4, 4]), [0, 1, 4, 5, 2, 3])
+        return (gl.convert_layout(gl.reshape(x, [W, P * 16, 2 * R]), B, assert_trivial=True),)
+
+
+@gluon.jit
+def add_attended(
+    attended, decay, v, weights, W: gl.constexpr, M: gl.constexpr, R: gl.constexpr, mma: gl.constexpr
+):
+    """attended * decay + v @ weights, of which the columns are high and low halves: float32 [W, M, R]."""
+    pv = mma_v2(v, weights, gl.full([W, M, 2 * R], _MAGIC_BITS, gl.int32, mma))
+    high, low = gl.split(gl.reshape(pv.to(gl.float32, bitcast=True), [W, M, R, 2]))
+    decay = gl.convert_layout(decay, gl.SliceLayout(1, high.type.layout), assert_trivial=True)[:, None, :]
+    return (attended * decay + (low - MAGIC)) + (high - MAGIC) * 256.0
+
+
+@gluon.jit
+def no_attended(W: gl.constexpr, M: gl.constexpr, R: gl.constexpr, mma: gl.constexpr):
+    """Zeros, float32 [W, M, R], as `add_attended` lays its result out."""
+    zero, _ = gl.split(gl.reshape(gl.full([W, M, 2 * R], 0.0, gl.float32, mma), [W, M, R, 2]))
+    return zero
+
+
+@gluon.jit
+def store_attended(
+    pointer,
+    x,
+    half_weight,
+    share,
+    piece,
+    W: gl.constexpr,
+    R: gl.constexpr,
+    D: gl.constexpr,
+    BITS: gl.constexpr,
+    BLOCK: gl.constexpr,
+):
+    """Merges the warps and stores a piece, float32 [W, M, R], whose rows are in the order of the value
+    operand."""
+    S: gl.constexpr = gl.SliceLayout(1, x.type.layout)
+    half_weight = gl.convert_layout(half_weight, S)[:, None, :]
+    share = gl.convert_layout(share, S)[:, None, :]
+    x = gl.sum((x + half_weight) * share, axis=0)
+    X: gl.constexpr = x.type.layout
+    row = gl.arange(0, x.shape[0], gl.SliceLayout(1, X))[:, None]
+    r = row % 8
+    word = row // 8
+    if BITS == 8:
+        WORDS: gl.constexpr = value_chunks(8, BLOCK)[1]
+        coordinate = word // WORDS * (8 * WORDS) + r * WORDS + word % WORDS
+    elif BITS == 4:
+        WORDS: gl.constexpr = value_chunks(4, BLOCK)[1]
+        coordinate = word // WORDS * (16 * WORDS) + r * (2 * WORDS) + word % WORDS * 2 + piece
+    else:
+        coordinate = r * (BLOCK // 8) + word // 2 * 4 + word % 2 + 2 * piece
+    query = gl.arange(0, R, gl.SliceLayout(0, X))[None, :]
+    gl.store(pointer + query * D + coordinate, x)
