@@ -49,6 +49,12 @@ def torch_attend(
     return torch.cat(outs), torch.cat(logs, dim=1)
 
 
+def on(device, cache):
+    """A cache with what lies between its blocks: anchors."""
+    blocks, stride = len(cache), cache.stride(0)
+    return cache.as_strided((blocks, stride), (stride, 1)).to(device).as_strided(cache.shape, cache.stride())
+
+
 def prefill(batch, device, capacity, *, window=None, **options):
     starts = torch.tensor([0, *batch.query_lens]).cumsum(0).tolist()
     tiles = [t.to(device) for t in plan_tiles(starts, batch.seq_lens, capacity=capacity, window=window)]
@@ -57,7 +63,7 @@ def prefill(batch, device, capacity, *, window=None, **options):
     out = prefill_attention(
         batch.codec,
         torch.cat(batch.queries).to(device),
-        batch.cache.to(device),
+        on(device, batch.cache),
         batch.block_table.to(device),
         tiles,
         torch_attend,
@@ -98,7 +104,7 @@ def test_residuals_of_prod_in_half_precision(name, device):
 
 @pytest.mark.parametrize("options", [{}, {"soft_cap": 2.0}, {"sinks": torch.tensor([0.5, -2.0, 3.0, 8.0])}])
 def test_contexts_of_several_tiles(options, device):
-    check(Batch([30, 3, 50], [300, 10, 130]), device, capacity=64, **options)
+    check(Batch([30, 3, 50], [300, 10, 130]), device, capacity=128, **options)
 
 
 def test_sinks_of_a_context_of_one_tile(device):
@@ -107,11 +113,11 @@ def test_sinks_of_a_context_of_one_tile(device):
 
 @pytest.mark.parametrize("window", [1, 20, 48])
 def test_windows(window, device):
-    check(Batch([60, 1], [150, 90]), device, capacity=96, window=window)
+    check(Batch([60, 1], [150, 90]), device, capacity=192, window=window)
 
 
 def test_chunks_longer_than_a_tile(device):
-    check(Batch([150], [200]), device, capacity=64)
+    check(Batch([150], [200]), device, capacity=128)
 
 
 def test_sequences_without_queries_and_padding_rows(device):
@@ -168,11 +174,10 @@ def test_a_scratch_that_cannot_hold_a_window_is_refused():
         plan_tiles([0, 1], [200], capacity=128, window=100)
 
 
-def test_anchors_are_refused():
-    batch = Batch([1], [20])
-    object.__setattr__(batch.codec, "fmt", KVFormat(4, 4, anchor=True))
-    with pytest.raises(ValueError, match="anchors"):
-        prefill(batch, "cpu", 512)
+@pytest.mark.parametrize(("block_size", "capacity"), [(128, 512), (256, 128)])
+def test_anchors_are_added_to_the_keys_of_their_128_tokens(block_size, capacity, device):
+    batch = Batch([20, 9], [300, 60], KVFormat(4, 3, anchor=True), 80, block_size=block_size)
+    check(batch, device, capacity)
 
 
 def test_the_scratch_holds_a_chunk_over_32k_of_context():

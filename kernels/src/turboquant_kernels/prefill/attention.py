@@ -9,19 +9,18 @@ Every query reads every key and value as the cache stores it, those of its own c
 The attention kernel is passed in: vLLM's FlashAttention on a GPU, PyTorch in tests.
 """
 
-import math
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
 import triton
 import triton.language as tl
 
+from turboquant_kernels.aot import AotVariant
 from turboquant_kernels.codec import Codec
-from turboquant_kernels.prefill.expand import expand
+from turboquant_kernels.formats import HEAD_DIMS
+from turboquant_kernels.prefill.expand import expand, turn_matrix
 from turboquant_kernels.prefill.tiles import Tile, plan_tiles
-from turboquant_kernels.rotation import rotation_matrix
 
 SCRATCH_BYTES = 128 << 20
 """Decompressed keys and values, whatever the context: 32,768 tokens of 8 KV heads of 128 in bf16."""
@@ -98,7 +97,7 @@ def prefill_attention(
     Beside the scratch it holds queries and results a few times over, as any layer does.
     """
     _, _, kv_heads, _ = kv_cache.shape
-    turn = _turn(codec.head_dim, codec.seed, query.dtype, query.device)
+    turn = turn_matrix(codec.head_dim, codec.seed, query.dtype, query.device)
     turned = query @ turn.T
     attended = torch.zeros_like(turned)
     scratch = query.new_empty(2, max((tile.keys for tile in tiles), default=0), kv_heads, codec.head_dim)
@@ -136,12 +135,6 @@ def prefill_attention(
     return torch.matmul(attended, turn, out=out)
 
 
-@cache
-def _turn(head_dim: int, seed: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """M = R * sqrt(D), entries +-1: y = M x is exact but for the rounding of sums."""
-    return (rotation_matrix(head_dim, seed) * math.sqrt(head_dim)).round().to(device, dtype)
-
-
 def _finish_tile(
     part: torch.Tensor,
     log_sum: torch.Tensor,
@@ -152,7 +145,8 @@ def _finish_tile(
     """Merges a tile's results into `before` and, where no more follow, writes them to `attended`.
 
     part: float [n, q_heads, D]; log_sum: float32 [q_heads, n]; before: float32 [n, q_heads, D] and
-    [n, q_heads], the results of earlier tiles. A sink is one more token without a value: it only makes the results smaller.
+    [n, q_heads], the results of earlier tiles. A sink is one more token without a value: it only makes the
+    results smaller.
     """
     if before is None and sinks is None:
         assert attended is not None
@@ -172,6 +166,34 @@ def _finish_tile(
         WIDTH=triton.next_power_of_2(head_dim),
         num_warps=1,
     )
+
+
+def variants() -> Iterator[AotVariant]:
+    """bf16 of 32 heads: in the middle of a context and at its end, with sinks."""
+    for head_dim in HEAD_DIMS:
+        for last in (False, True):
+            signature = {
+                "part": "*bf16",
+                "log_sum": "*fp32",
+                "sums": "*fp32",
+                "log_sums": "*fp32",
+                "part_stride": "i32",
+                "log_sum_stride": "i32",
+            }
+            ends = {"sinks": "*fp32", "attended": "*bf16"}
+            absent = {} if last else {"sinks": None, "attended": None}
+            yield AotVariant(
+                name=f"prefill-merge-d{head_dim}{'-last' * last}",
+                kernel=_merge_tile,
+                signature=signature | (ends if last else {}),
+                constexprs={
+                    "Q_HEADS": 32,
+                    "HEAD_DIM": head_dim,
+                    "WIDTH": triton.next_power_of_2(head_dim),
+                    **absent,
+                },
+                num_warps=1,
+            )
 
 
 @triton.jit

@@ -2,26 +2,38 @@
 
 One program takes one run of a sequence's tokens for one KV head:
 
-    key[token, d]   = (c_key + 1/2) * key step * key scale / sqrt(D)      c: `turboquant_kernels.unpack`
+    key[token, d]   = ((c_key + 1/2) * key step * key scale + rotated anchor[d]) / sqrt(D)
     value[token, d] = (c_value + 1/2) * value step * value scale / sqrt(D)
 
-Both stay rotated. The factor 1 / sqrt(D) is that of the rotation R = M / sqrt(D): with it here, queries and
-results are turned by M, whose entries are +-1 and exact in every dtype (`attention`).
+with c from `turboquant_kernels.unpack`. Both stay rotated. The factor 1 / sqrt(D) is that of the rotation
+R = M / sqrt(D): with it here, queries and results are turned by M, whose entries are +-1 and exact in every
+dtype (`turn_matrix`).
 """
 
 import math
+from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from turboquant_kernels.aot import AotVariant
 from turboquant_kernels.codebook import codebook
 from turboquant_kernels.codec import Codec
-from turboquant_kernels.formats import PAGE_TOKENS
-from turboquant_kernels.packing import pages_of
+from turboquant_kernels.formats import (
+    ANCHOR_TOKENS,
+    COMPRESSED_FORMATS,
+    HEAD_DIMS,
+    PAGE_TOKENS,
+    SCALE_BYTES,
+    Encoding,
+    KVFormat,
+)
+from turboquant_kernels.packing import anchors_of, key_order, page_layout, pages_of
 from turboquant_kernels.prefill.tiles import RUN_TOKENS
-from turboquant_kernels.rotation import projection_matrix
+from turboquant_kernels.rotation import projection_matrix, rotation_matrix
 from turboquant_kernels.unpack import (
     level_table,
     levels_ptx,
@@ -35,6 +47,12 @@ from turboquant_kernels.unpack import (
 _NUM_WARPS = 4
 
 
+@cache
+def turn_matrix(head_dim: int, seed: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """M = R * sqrt(D), [D, D] of +-1: y = M x is exact but for the rounding of sums."""
+    return (rotation_matrix(head_dim, seed) * math.sqrt(head_dim)).round().to(device, dtype)
+
+
 def expand(
     codec: Codec,
     kv_cache: torch.Tensor,
@@ -46,36 +64,44 @@ def expand(
     """Fills rows of keys and values, any float [rows, kv_heads, D], over sqrt(D) and still rotated.
 
     kv_cache: uint8 [num_blocks, block_size, kv_heads, slot_bytes]; block_table: int32 [num_seqs, max_blocks];
-    runs: int32 [n, 4], `tiles.Tile.runs`. Raises ValueError for a cache of another format and for anchors.
+    runs: int32 [n, 4], `tiles.Tile.runs`. Raises ValueError where the cache's shape is not that of the
+    codec's format.
     """
-    if codec.fmt.anchor:
-        raise ValueError("prefill does not read key anchors yet")
     _, block_size, kv_heads, _ = kv_cache.shape
-    pages_of(kv_cache, codec.layout)  # raises for a cache of another format
-    fmt, head_dim, device = codec.fmt, codec.head_dim, kv_cache.device
-    prod = codec.layout.key_residual_signs is not None
+    fmt, head_dim, seed, device = codec.fmt, codec.head_dim, codec.seed, kv_cache.device
+    pages_of(kv_cache, codec.layout)
+    anchors = anchors_of(kv_cache, fmt, head_dim) if fmt.anchor else None
     _expand[len(runs), kv_heads](
         runs,
         kv_cache,
+        anchors,
         block_table,
         level_table(fmt.key_code_bits, head_dim, device),
         level_table(fmt.value_bits, head_dim, device),
-        projection_matrix(head_dim, codec.seed).half().to(device) if prod else None,
+        _projection(head_dim, seed, device) if fmt.encoding is Encoding.PROD else None,
+        turn_matrix(head_dim, seed, torch.bfloat16, device) if fmt.anchor else None,
         keys,
         values,
         codebook(fmt.key_code_bits, head_dim).step / math.sqrt(head_dim),
         codebook(fmt.value_bits, head_dim).step / math.sqrt(head_dim),
-        math.sqrt(math.pi / 2) / head_dim / math.sqrt(head_dim),
         kv_cache.stride(0),
+        anchors.stride(0) if anchors is not None else 0,
         block_table.stride(0),
-        **_constants(codec, kv_heads, block_size),
+        **_constants(fmt, head_dim, kv_heads, block_size),
         num_warps=_NUM_WARPS,
     )
 
 
-def _constants(codec: Codec, kv_heads: int, block_size: int) -> dict[str, Any]:
+@cache
+def _projection(head_dim: int, seed: int, device: torch.device) -> torch.Tensor:
+    """PROD: S as float16 [D, D], which is what its product with the signs is made of."""
+    return projection_matrix(head_dim, seed).half().to(device)
+
+
+@cache
+def _constants(fmt: KVFormat, head_dim: int, kv_heads: int, block_size: int) -> dict[str, Any]:
     """What the kernel is specialized to."""
-    fmt, layout, head_dim = codec.fmt, codec.layout, codec.head_dim
+    layout = page_layout(fmt, head_dim)
     interpreted = triton.knobs.runtime.interpret
     return {
         "HEAD_DIM": head_dim,
@@ -83,40 +109,80 @@ def _constants(codec: Codec, kv_heads: int, block_size: int) -> dict[str, Any]:
         "KV_HEADS": kv_heads,
         "BLOCK_PAGES": block_size // PAGE_TOKENS,
         "PAGE_TOKENS": PAGE_TOKENS,
+        "ANCHOR_TOKENS": ANCHOR_TOKENS,
         "PAGE_BYTES": layout.page_bytes,
         "KEY_BITS": fmt.key_code_bits,
         "VALUE_BITS": fmt.value_bits,
         "VALUE_OFFSET": layout.value_planes[0].offset,
         "SIGNS_OFFSET": layout.key_residual_signs.offset if layout.key_residual_signs else 0,
         "SCALES_OFFSET": layout.scales.offset,
-        "SCALES": layout.scales.token_bytes // 2,
-        "KEY_READ": codec.key_order.read_bytes,
+        "SCALES": layout.scales.token_bytes // SCALE_BYTES,
+        "KEY_READ": key_order(fmt, head_dim).read_bytes,
         "KEY_PTX": "" if interpreted else levels_ptx(fmt.key_code_bits, head_dim, bf16=False),
         "VALUE_PTX": "" if interpreted else levels_ptx(fmt.value_bits, head_dim, bf16=True),
+        "RESIDUAL": math.sqrt(math.pi / 2) / head_dim**1.5,
         "TOKENS": RUN_TOKENS,
     }
+
+
+def variants() -> Iterator[AotVariant]:
+    """Every format and head dimension to bf16."""
+    signature = {
+        "runs": "*i32",
+        "cache": "*u8",
+        "block_table": "*i32",
+        "key_levels": "*i8",
+        "value_levels": "*i8",
+        "keys": "*bf16",
+        "values": "*bf16",
+        "key_factor": "fp32",
+        "value_factor": "fp32",
+        "block_stride": "i64",
+        "anchor_stride": "i64",
+        "table_stride": "i32",
+    }
+    for fmt in (*COMPRESSED_FORMATS, KVFormat(5, 3, anchor=True)):
+        optional = {
+            "projection": "*fp16" if fmt.encoding is Encoding.PROD else None,
+            "anchors": "*bf16" if fmt.anchor else None,
+            "turn": "*bf16" if fmt.anchor else None,
+        }
+        block_size = ANCHOR_TOKENS if fmt.anchor else PAGE_TOKENS
+        for head_dim in HEAD_DIMS:
+            yield AotVariant(
+                name=f"prefill-expand-{fmt.name.removeprefix('tq-')}-d{head_dim}{'-anchor' * fmt.anchor}",
+                kernel=_expand,
+                signature=signature | {name: kind for name, kind in optional.items() if kind},
+                constexprs=_constants(fmt, head_dim, 8, block_size)
+                | {name: None for name, kind in optional.items() if not kind},
+                num_warps=_NUM_WARPS,
+                divisible=("block_stride",),
+            )
 
 
 @triton.jit
 def _expand(
     runs,  # int32 [n, 4]
-    cache,  # uint8, blocks of `block_stride` bytes
+    cache,  # uint8, blocks `block_stride` bytes apart
+    anchors,  # bf16, of each block [BLOCK_PAGES / 8, kv_heads, D]; None: none
     block_table,  # int32 [num_seqs, table_stride]
     key_levels,  # int8: `unpack.level_table`
     value_levels,  # int8: `unpack.level_table`
     projection,  # PROD: float16 [D, D], S
+    turn,  # bf16 [D, D], M; None without anchors
     keys,  # float [rows, kv_heads, D]
     values,  # float [rows, kv_heads, D]
     key_factor,  # of c + 1/2 times the scale
     value_factor,
-    residual_factor,  # PROD: of S.T signs times the norm
     block_stride,
+    anchor_stride,
     table_stride,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,  # HEAD_DIM padded to a power of two
     KV_HEADS: tl.constexpr,
     BLOCK_PAGES: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
+    ANCHOR_TOKENS: tl.constexpr,
     PAGE_BYTES: tl.constexpr,
     KEY_BITS: tl.constexpr,
     VALUE_BITS: tl.constexpr,
@@ -127,6 +193,7 @@ def _expand(
     KEY_READ: tl.constexpr,
     KEY_PTX: tl.constexpr,
     VALUE_PTX: tl.constexpr,
+    RESIDUAL: tl.constexpr,  # PROD: factor of S.T signs times the norm
     TOKENS: tl.constexpr,
 ):
     run = runs + 4 * tl.program_id(0)
@@ -174,7 +241,7 @@ def _expand(
     )
     key = (natural(key, KEY_BITS, KEY_PTX, KEY_READ).to(tl.float32) + 0.5) * key_scale[:, None]
     if SIGNS_OFFSET > 0:
-        norm = tl.load(scales + 2, mask=stored, other=0.0).to(tl.float32) * residual_factor
+        norm = tl.load(scales + 2, mask=stored, other=0.0).to(tl.float32) * RESIDUAL
         signs = load_bits(
             (page + SIGNS_OFFSET + token * (HEAD_DIM // 8))[:, None],
             column[None, :],
@@ -187,6 +254,16 @@ def _expand(
         inside = (column < HEAD_DIM)[:, None] & (column < HEAD_DIM)[None, :]
         matrix = tl.load(projection + entry, mask=inside, other=0.0)
         key += tl.dot((1 - 2 * signs).to(tl.float16), matrix) * norm[:, None]
+    if anchors is not None:
+        block = tl.load(table + first_page // BLOCK_PAGES).to(tl.int64)
+        in_block = first_page % BLOCK_PAGES * PAGE_TOKENS // ANCHOR_TOKENS
+        vector = anchors + block * anchor_stride + (in_block * KV_HEADS + kv_head) * HEAD_DIM + column
+        anchor = tl.load(vector, mask=column < HEAD_DIM, other=0.0).to(tl.float32)
+        # Row j of M's transpose times coordinate j, summed.
+        entry = column[None, :] * HEAD_DIM + column[:, None]
+        inside = (column < HEAD_DIM)[:, None] & (column < HEAD_DIM)[None, :]
+        matrix = tl.load(turn + entry, mask=inside, other=0.0).to(tl.float32)
+        key += tl.sum(matrix * anchor[:, None], axis=0)[None, :] / HEAD_DIM
     tl.store(keys + place, key.to(keys.dtype.element_ty), mask=written)
 
     value = load_values(

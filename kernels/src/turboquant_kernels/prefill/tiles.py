@@ -13,10 +13,15 @@ from dataclasses import dataclass, field
 
 import torch
 
-from turboquant_kernels.formats import PAGE_TOKENS
+from turboquant_kernels.formats import ANCHOR_TOKENS, PAGE_TOKENS
 
 RUN_TOKENS = 64
-"""Tokens that one program of the expansion decompresses: whole pages."""
+"""Tokens that one program of the expansion decompresses. Pieces begin at a multiple, so that the tokens of a
+run share their key anchor."""
+
+
+assert RUN_TOKENS % PAGE_TOKENS == 0
+assert ANCHOR_TOKENS % RUN_TOKENS == 0
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class Piece:
     """Row of the first query in the batch."""
     queries: int
     first_key: int
-    """Position of the first key, a multiple of a page."""
+    """Position of the first key, a multiple of `RUN_TOKENS`."""
     end_key: int
     causal: bool
     """Whether the last key is the last query's own: each query then sees the keys up to its own. Else all
@@ -73,9 +78,9 @@ def plan_tiles(
 
     query_start_loc: where each sequence's queries begin, and the end; seq_lens: tokens of each sequence, the
     queries included. capacity: tokens that the scratch holds. With a window a query's keys stand in a single
-    piece. Raises ValueError where capacity does not hold a window and a page of queries.
+    piece. Raises ValueError where capacity does not hold a window and a run of queries.
     """
-    if capacity < (window or 0) + 2 * PAGE_TOKENS:
+    if capacity < (window or 0) + 2 * RUN_TOKENS:
         raise ValueError(f"a scratch of {capacity} tokens does not hold a window of {window} and its queries")
     groups: list[list[Piece]] = []
     for piece in _pieces(query_start_loc, seq_lens, capacity, window):
@@ -95,18 +100,23 @@ def _pieces(
     for sequence, seq_len in enumerate(seq_lens):
         row, end_row = query_start_loc[sequence], query_start_loc[sequence + 1]
         position = seq_len - (end_row - row)
-        # A causal piece holds its queries' own keys, after the window or at least one page of context.
-        most = capacity - PAGE_TOKENS - (window or 0)
+        # A causal piece holds its queries' own keys, after the window and what rounding adds.
+        most = capacity - RUN_TOKENS - (window or 0)
         while row < end_row:
             queries = min(end_row - row, most)
             end_key = position + queries
-            seen_from = 0 if window is None else max(0, position - window + 1) // PAGE_TOKENS * PAGE_TOKENS
-            first_key = max(seen_from, -(-(end_key - capacity) // PAGE_TOKENS) * PAGE_TOKENS)
-            for begin in range(seen_from, first_key, capacity // PAGE_TOKENS * PAGE_TOKENS):
-                end = min(begin + capacity // PAGE_TOKENS * PAGE_TOKENS, first_key)
+            seen_from = 0 if window is None else _down(max(0, position - window + 1))
+            first_key = max(seen_from, -_down(capacity - end_key))
+            for begin in range(seen_from, first_key, _down(capacity)):
+                end = min(begin + _down(capacity), first_key)
                 yield Piece(sequence, row, queries, begin, end, causal=False)
             yield Piece(sequence, row, queries, first_key, end_key, causal=True)
             row, position = row + queries, position + queries
+
+
+def _down(position: int) -> int:
+    """To a multiple of a run; -_down(-x) rounds up."""
+    return position // RUN_TOKENS * RUN_TOKENS
 
 
 def _fits(group: list[Piece], piece: Piece, capacity: int) -> bool:
