@@ -49,6 +49,7 @@ from turboquant_kernels.rotation_kernel import (
     take_out_exponent,
     tile_rows,
 )
+from turboquant_kernels.store.pack_kernel import store_codes, store_projected_signs
 
 _NUM_WARPS = 4
 
@@ -136,7 +137,7 @@ def variants() -> Iterator[AotVariant]:
             )
 
 
-class _Codes(NamedTuple):
+class Codes(NamedTuple):
     """How codes are made and where they go, as a kernel parameter."""
 
     bits: int
@@ -173,11 +174,11 @@ def _specialization(fmt: KVFormat, head_dim: int) -> dict[str, Any]:
     }
 
 
-def _codes(regions: tuple[Region, ...], order: CodeOrder) -> _Codes:
+def _codes(regions: tuple[Region, ...], order: CodeOrder) -> Codes:
     book = codebook(order.bits, order.head_dim)
     offsets = [region.offset for region in regions]
     first_bits = accumulate(order.widths[:-1], initial=0)
-    return _Codes(
+    return Codes(
         bits=order.bits,
         half_step=book.step / 2,
         levels=tuple(2 * c + 1 for c in book.magnitudes.tolist()),
@@ -212,7 +213,7 @@ def _store_kernel(
     INNER: tl.constexpr,
     NEGATIVE: tl.constexpr,
     ROWS: tl.constexpr,
-    KEY_CODES: tl.constexpr,  # _Codes
+    KEY_CODES: tl.constexpr,  # Codes
     VALUE_CODES: tl.constexpr,
     RESIDUAL_SIGNS: tl.constexpr,  # offset in the page for prod, else None
     SCALES: tl.constexpr,  # offset in the page
@@ -238,7 +239,7 @@ def _store_kernel(
         # Only now: until here nothing waits for the slots. Rows of padding are computed too, and not written.
         block, offset = _block(cache, slot, block_size, block_stride)
         page, row = _page(block, offset, head, kv_heads, SLOT_BYTES)
-        _store_codes(page, row, slot >= 0, t, rank, HEAD_DIM, KEY_CODES)
+        store_codes(page, row, slot >= 0, t, rank, HEAD_DIM, KEY_CODES)
         scales = (page + SCALES).to(tl.pointer_type(tl.float16)) + row * SCALES_PER_TOKEN
         if RESIDUAL_SIGNS is None:
             scale = _half(_unbiased_scale(t, level, rms, HEAD_DIM, KEY_CODES) * factor)
@@ -248,7 +249,7 @@ def _store_kernel(
             norm = tl.sqrt(tl.sum(residual * residual, axis=1)) * KEY_CODES.half_step * (rms * factor)
             tl.store(scales + _KEY_SCALE, scale, mask=slot >= 0)
             tl.store(scales + _KEY_RESIDUAL_NORM, _half(norm), mask=slot >= 0)
-            _store_projected_signs(page + RESIDUAL_SIGNS, row, slot >= 0, residual, projection, HEAD_DIM)
+            store_projected_signs(page + RESIDUAL_SIGNS, row, slot >= 0, residual, projection, HEAD_DIM)
     else:
         vectors = value + token.to(tl.int64) * value_token_stride + head.to(tl.int64) * value_head_stride
         tile = load_vectors(vectors, valid, HEAD_DIM, INNER)
@@ -256,7 +257,7 @@ def _store_kernel(
         rank, level = _quantize(t, VALUE_CODES)
         block, offset = _block(cache, slot, block_size, block_stride)
         page, row = _page(block, offset, head, kv_heads, SLOT_BYTES)
-        _store_codes(page, row, slot >= 0, t, rank, HEAD_DIM, VALUE_CODES)
+        store_codes(page, row, slot >= 0, t, rank, HEAD_DIM, VALUE_CODES)
         scales = (page + SCALES).to(tl.pointer_type(tl.float16)) + row * SCALES_PER_TOKEN
         scale = _half(_unbiased_scale(t, level, rms, HEAD_DIM, VALUE_CODES) * factor)
         tl.store(scales + _VALUE_SCALE, scale, mask=slot >= 0)
@@ -339,88 +340,3 @@ def _least_squares(t, level, rms, HEAD_DIM: tl.constexpr):
 @triton.jit
 def _half(scale):
     return tl.minimum(scale, _MAX_SCALE).to(tl.float16)
-
-
-@triton.jit
-def _store_codes(page, row, used, t, magnitude, HEAD_DIM: tl.constexpr, CODES: tl.constexpr):
-    """Packs codes into their planes and writes the rows of the tile's tokens."""
-    if CODES.bits == _MAX_BITS:
-        code = tl.where(t < 0, ~magnitude, magnitude) & 0xFF
-    else:
-        code = tl.where(t < 0, magnitude | (1 << (CODES.bits - 1)), magnitude)
-    coordinate = tl.arange(0, t.shape[1])
-    for i in tl.static_range(len(CODES.planes)):
-        part = (code >> CODES.planes[i][2]) & ((1 << CODES.planes[i][1]) - 1)
-        if i == 0:
-            place = coordinate * CODES.planes[i][1] % 32
-        else:
-            place = _high_bit_place(coordinate, HEAD_DIM, CODES)
-        words = _words(part, place, CODES.planes[i][1])
-        if CODES.quads:
-            _store_quads(page + CODES.planes[i][0], row, used, words, HEAD_DIM * CODES.planes[i][1] // 8)
-        else:
-            _store_words(page + CODES.planes[i][0], row, used, words, HEAD_DIM * CODES.planes[i][1] // 8)
-
-
-@triton.jit
-def _high_bit_place(coordinate, HEAD_DIM: tl.constexpr, CODES: tl.constexpr):
-    """Where a coordinate's bit stands in its 32-bit word of a high plane: `packing.high_bit_order`."""
-    c = coordinate % 32
-    if CODES.bits == 3:
-        RUN: tl.constexpr = 4 * CODES.read_bytes  # P
-        return c // (2 * RUN) * (2 * RUN) + 4 * (c % RUN // 2) + 2 * (c // RUN % 2) + c % 2
-    # The last 16 coordinates of head_dim 80 are a group of their own.
-    spread = tl.where(coordinate < HEAD_DIM // 32 * 32, 8, 4)
-    return spread * (c % 4) + c // 4
-
-
-@triton.jit
-def _words(part, place, WIDTH: tl.constexpr):
-    """Numbers of WIDTH bits [ROWS, n], each shifted to its place, as words: int32 [ROWS, n * WIDTH / 32]."""
-    shifted = part << place[None, :]
-    return tl.sum(tl.reshape(shifted, [part.shape[0], part.shape[1] * WIDTH // 32, 32 // WIDTH]), axis=2)
-
-
-@triton.jit
-def _store_words(plane, row, used, words, ROW_BYTES: tl.constexpr):
-    """Writes words [ROWS, n] of the tokens' rows of a plane."""
-    COUNT: tl.constexpr = words.shape[1]
-    used = used[:, None]
-    if ROW_BYTES % 4 == 0:
-        word = tl.arange(0, COUNT)[None, :]
-        target = plane.to(tl.pointer_type(tl.int32))[:, None] + row[:, None] * (ROW_BYTES // 4) + word
-        tl.store(target, words, mask=used & (word < ROW_BYTES // 4))
-    else:
-        # 1-bit planes at head_dim 80 have rows of 10 bytes.
-        halves = tl.reshape(tl.join(words, words >> 16), [words.shape[0], 2 * COUNT]).to(tl.int16)
-        half = tl.arange(0, 2 * COUNT)[None, :]
-        target = plane.to(tl.pointer_type(tl.int16))[:, None] + row[:, None] * (ROW_BYTES // 2) + half
-        tl.store(target, halves, mask=used & (half < ROW_BYTES // 2))
-
-
-@triton.jit
-def _store_quads(plane, row, used, words, ROW_BYTES: tl.constexpr):
-    """Writes words [ROWS, n] of the tokens' rows of a value plane, whose bytes alternate with those of three
-    other tokens: byte j of token 8 * (b % 2) + 2 * quad + b // 2 is byte b of word j of the quad."""
-    COUNT: tl.constexpr = words.shape[1]
-    bytes = words[:, :, None] >> (8 * tl.arange(0, 4))[None, None, :]
-    bytes = tl.reshape(bytes, [words.shape[0], 4 * COUNT]).to(tl.int8)
-    quad, place = row % 8 // 2, row // 8 + 2 * (row % 2)
-    j = tl.arange(0, 4 * COUNT)[None, :]
-    target = plane[:, None] + ((quad * ROW_BYTES)[:, None] + j) * 4 + place[:, None]
-    tl.store(target, bytes, mask=used[:, None] & (j < ROW_BYTES))
-
-
-@triton.jit
-def _store_projected_signs(plane, row, used, residual, projection, HEAD_DIM: tl.constexpr):
-    """Signs of the projected residual, a byte of them at a time; prod is not made to be fast."""
-    k = tl.arange(0, residual.shape[1])[None, :]
-    for byte in tl.range(HEAD_DIM // 8, num_stages=1):
-        signs = tl.zeros_like(row)
-        # Four at a time: eight products a vector, of 32 vectors at head_dim 80, would not fit the registers.
-        for first in tl.static_range(0, 8, 4):
-            i = first + tl.arange(0, 4)
-            rows = tl.load(projection + (8 * byte + i[:, None]) * HEAD_DIM + k, mask=k < HEAD_DIM, other=0.0)
-            projected = tl.sum(residual[:, None, :] * rows[None, :, :], axis=2)
-            signs += tl.sum((projected < 0).to(tl.int32) << i[None, :], axis=1)
-        tl.store(plane + row * (HEAD_DIM // 8) + byte, signs.to(tl.uint8), mask=used)
