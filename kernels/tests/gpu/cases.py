@@ -135,11 +135,14 @@ def _poison(step: DecodeStep, lengths: list[int], draw: random.Random) -> None:
     block_size = step.kv_cache.shape[1]
     pages = pages_of(step.kv_cache, step.codec.layout)
     scales = step.codec.layout.scales.of(pages)
+    used = torch.tensor([-(-length // block_size) for length in lengths])
+    unused = torch.arange(step.block_table.shape[1]) >= used[:, None]
+    anything = torch.tensor(draw.choices((-1, 0, 2**31 - 1, -(2**31)), k=len(lengths)), dtype=torch.int32)
+    table = step.block_table.cpu()
+    step.block_table.copy_(torch.where(unused, anything[:, None], table))
     for sequence, length in enumerate(lengths):
-        used = -(-length // block_size)
-        step.block_table[sequence, used:] = draw.choice((-1, 0, 2**31 - 1, -(2**31)))
         if length % block_size:
-            last = step.block_table[sequence, used - 1]
+            last = int(table[sequence, used[sequence] - 1])
             page, token = divmod(length % block_size, PAGE_TOKENS)
             scales[last, page, :, token:] = 0xFF
             scales[last, page + 1 :] = 0xFF

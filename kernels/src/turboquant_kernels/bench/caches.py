@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from turboquant_kernels.bench.rows import Shape
 from turboquant_kernels.codec import Codec
@@ -68,9 +69,7 @@ def random_step(
         random[..., VALUE_SCALE] = uniform(random.shape[:-1], 0.5, 2.0)
         part.copy_(random.half().view(torch.uint8))
     order = torch.randperm(num_blocks, generator=generator, device=device, dtype=torch.int32)
-    block_table = torch.zeros(len(lengths), max(blocks), dtype=torch.int32, device=device)
-    for sequence, own in enumerate(order.split(blocks)):
-        block_table[sequence, : len(own)] = own
+    block_table = pad_sequence(order.split(blocks), batch_first=True)
     rows = len(lengths) * query_len
     query = torch.randn(rows, q_heads, codec.head_dim, generator=generator, device=device)
     return DecodeStep(

@@ -46,21 +46,26 @@ def attended(
     sequence after the other. Only the rows of `sequences` are computed, in their order; of all by default.
     Queries that see nothing are zero.
     """
-    chosen = range(len(seq_lens)) if sequences is None else sequences
-    pages = pages_of(kv_cache, codec.layout)
-    kv_heads, q_heads = pages.shape[2], query.shape[1]
+    lengths = seq_lens.tolist()
+    chosen = range(len(lengths)) if sequences is None else sequences
+    block_size, kv_heads, q_heads = *kv_cache.shape[1:3], query.shape[1]
+    used = [-(-lengths[sequence] // block_size) for sequence in chosen]
+    blocks = torch.cat(
+        [block_table[sequence, :count] for sequence, count in zip(chosen, used, strict=True)]
+    ).long()
+    key, value = decompress(codec, pages_of(kv_cache, codec.layout)[blocks].flatten(0, 1))
+    if codec.fmt.anchor:
+        anchors = anchors_of(kv_cache, codec.fmt, codec.head_dim)[blocks].flatten(0, 1).double()
+        anchors = anchors.transpose(0, 1) @ rotation(codec, query.device).T
+        key = key + anchors.repeat_interleave(ANCHOR_TOKENS, dim=1)
+    tokens = [count * block_size for count in used]
+    keys, values = key.split(tokens, dim=1), value.split(tokens, dim=1)
     rotated = query.double() @ rotation(codec, query.device).T
     rows = []
-    for sequence in chosen:
-        length = int(seq_lens[sequence])
+    for sequence, key, value in zip(chosen, keys, values, strict=True):
+        length = lengths[sequence]
         own = rotated[sequence * query_len : (sequence + 1) * query_len]
         own = own.unflatten(1, (kv_heads, q_heads // kv_heads))
-        blocks = block_table[sequence, : -(-length // kv_cache.shape[1])].long()
-        key, value = decompress(codec, pages[blocks].flatten(0, 1))
-        if codec.fmt.anchor:
-            anchors = anchors_of(kv_cache, codec.fmt, codec.head_dim)[blocks].flatten(0, 1).double()
-            anchors = anchors.transpose(0, 1) @ rotation(codec, query.device).T
-            key = key + anchors.repeat_interleave(ANCHOR_TOKENS, dim=1)
         score = torch.einsum("qhgd,hkd->hgqk", own, key[:, :length]) * scale
         if soft_cap:
             score = soft_cap * torch.tanh(score / soft_cap)
