@@ -44,7 +44,9 @@ from turboquant_kernels.unpack import (
     token_of,
 )
 
-_NUM_WARPS = 4
+
+def _num_warps(head_dim: int) -> int:
+    return 4 if head_dim <= 128 else 8
 
 
 @cache
@@ -88,7 +90,7 @@ def expand(
         anchors.stride(0) if anchors is not None else 0,
         block_table.stride(0),
         **_constants(fmt, head_dim, kv_heads, block_size),
-        num_warps=_NUM_WARPS,
+        num_warps=_num_warps(head_dim),
     )
 
 
@@ -122,6 +124,7 @@ def _constants(fmt: KVFormat, head_dim: int, kv_heads: int, block_size: int) -> 
         "VALUE_PTX": "" if interpreted else levels_ptx(fmt.value_bits, head_dim, bf16=True),
         "RESIDUAL": math.sqrt(math.pi / 2) / head_dim**1.5,
         "TOKENS": RUN_TOKENS,
+        "TERMS": 32,
     }
 
 
@@ -155,7 +158,7 @@ def variants() -> Iterator[AotVariant]:
                 signature=signature | {name: kind for name, kind in optional.items() if kind},
                 constexprs=_constants(fmt, head_dim, 8, block_size)
                 | {name: None for name, kind in optional.items() if not kind},
-                num_warps=_NUM_WARPS,
+                num_warps=_num_warps(head_dim),
                 divisible=("block_stride",),
             )
 
@@ -195,6 +198,7 @@ def _expand(
     VALUE_PTX: tl.constexpr,
     RESIDUAL: tl.constexpr,  # PROD: factor of S.T signs times the norm
     TOKENS: tl.constexpr,
+    TERMS: tl.constexpr,  # of the sums with S and M, at a time
 ):
     run = runs + 4 * tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -242,28 +246,34 @@ def _expand(
     key = (natural(key, KEY_BITS, KEY_PTX, KEY_READ).to(tl.float32) + 0.5) * key_scale[:, None]
     if SIGNS_OFFSET > 0:
         norm = tl.load(scales + 2, mask=stored, other=0.0).to(tl.float32) * RESIDUAL
-        signs = load_bits(
-            (page + SIGNS_OFFSET + token * (HEAD_DIM // 8))[:, None],
-            column[None, :],
-            (column < HEAD_DIM)[None, :],
-            1,
-            1,
-        )
-        # Sum over j of sign j times row j of S.
-        entry = column[:, None] * HEAD_DIM + column[None, :]
-        inside = (column < HEAD_DIM)[:, None] & (column < HEAD_DIM)[None, :]
-        matrix = tl.load(projection + entry, mask=inside, other=0.0)
-        key += tl.dot((1 - 2 * signs).to(tl.float16), matrix) * norm[:, None]
+        # Sum over j of sign j times row j of S, some rows at a time to bound shared memory.
+        residual = tl.zeros([TOKENS, WIDTH], tl.float32)
+        for start in range(0, WIDTH, TERMS):
+            j = start + tl.arange(0, TERMS)
+            signs = load_bits(
+                (page + SIGNS_OFFSET + token * (HEAD_DIM // 8))[:, None],
+                j[None, :],
+                (j < HEAD_DIM)[None, :],
+                1,
+                1,
+            )
+            inside = (j < HEAD_DIM)[:, None] & (column < HEAD_DIM)[None, :]
+            matrix = tl.load(projection + j[:, None] * HEAD_DIM + column[None, :], mask=inside, other=0.0)
+            residual += tl.dot((1 - 2 * signs).to(tl.float16), matrix)
+        key += residual * norm[:, None]
     if anchors is not None:
         block = tl.load(table + first_page // BLOCK_PAGES).to(tl.int64)
         in_block = first_page % BLOCK_PAGES * PAGE_TOKENS // ANCHOR_TOKENS
-        vector = anchors + block * anchor_stride + (in_block * KV_HEADS + kv_head) * HEAD_DIM + column
-        anchor = tl.load(vector, mask=column < HEAD_DIM, other=0.0).to(tl.float32)
-        # Row j of M's transpose times coordinate j, summed.
-        entry = column[None, :] * HEAD_DIM + column[:, None]
-        inside = (column < HEAD_DIM)[:, None] & (column < HEAD_DIM)[None, :]
-        matrix = tl.load(turn + entry, mask=inside, other=0.0).to(tl.float32)
-        key += tl.sum(matrix * anchor[:, None], axis=0)[None, :] / HEAD_DIM
+        anchor = anchors + block * anchor_stride + (in_block * KV_HEADS + kv_head) * HEAD_DIM
+        # Sum over j of coordinate j times column j of M.
+        turned = tl.zeros([WIDTH], tl.float32)
+        for start in range(0, WIDTH, TERMS):
+            j = start + tl.arange(0, TERMS)
+            coord = tl.load(anchor + j, mask=j < HEAD_DIM, other=0.0).to(tl.float32)
+            inside = (j < HEAD_DIM)[:, None] & (column < HEAD_DIM)[None, :]
+            matrix = tl.load(turn + column[None, :] * HEAD_DIM + j[:, None], mask=inside, other=0.0)
+            turned += tl.sum(matrix.to(tl.float32) * coord[:, None], axis=0)
+        key += turned[None, :] / HEAD_DIM
     tl.store(keys + place, key.to(keys.dtype.element_ty), mask=written)
 
     value = load_values(
