@@ -95,14 +95,16 @@ def test_the_run_holds_the_other_parts(benchmark):
     assert run.versions["torch"] == torch.__version__.split("+")[0]
 
 
-def test_an_absent_flash_attention_leaves_prefill_out(benchmark, monkeypatch):
-    def absent(*_):
-        raise ImportError("no FlashAttention")
+def test_a_part_that_fails_leaves_the_others(benchmark, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(measure.competitors, "flash_attention", absent)
+    monkeypatch.setattr(measure.subject, "prefill", fails)
+    monkeypatch.setattr(measure.subject, "whole_step", fails)
     again = measure.Benchmark(torch.device("cpu"), SHAPES, FORMATS)
     for task in again.tasks():
-        if task.label.startswith("prefill"):
-            task.run()
-    assert list(again.run.unmeasured.values()) == ["ImportError: no FlashAttention"]
-    assert not again.run.prefill
+        task.run()
+    run, reason = again.run, "RuntimeError: out of memory"
+    assert (len(again.rows), run.prefill, run.step) == (4, [], {})
+    assert run.anchor == benchmark.run.anchor
+    assert {run.unmeasured[part] for part in ("step, tq-k4v4", "prefill of 32 over 64")} == {reason}

@@ -34,10 +34,16 @@ def found():
         RESULT.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def test_random_cases(found):
+@pytest.fixture(scope="module")
+def sweeps():
+    """The sanitizer's tools at work beside the tests before theirs, on variants that are compiled already."""
+    fuzz.warm(DEVICE)
+    return {tool: sanitize.Sweep.start(tool) for tool in sanitize.TOOLS}
+
+
+def test_random_cases(found, sweeps):
     seed = random.randrange(1 << 31)
     print(f"seed {seed}")
-    fuzz.warm(DEVICE)
     outcome = fuzz.run(seed=seed, device=DEVICE)
     found["fuzz"] = {
         "seed": seed,
@@ -59,8 +65,8 @@ def test_captured_steps(found):
 
 
 @pytest.mark.parametrize("tool", sanitize.TOOLS)
-def test_sanitizer(tool, found):
+def test_sanitizer(tool, found, sweeps):
     found[tool] = "failed"
-    found[tool] = sanitize.sanitize(tool)
+    found[tool] = sweeps[tool].verdict()
     if found[tool].startswith("skipped"):
         pytest.skip(found[tool])

@@ -67,12 +67,12 @@ class Benchmark:
             ("anchor", self._anchor),
             ("portable", self._portable),
         ):
-            tasks.append(Task(f"{label}, {self.formats[0]}", partial(self._try, label, part, first, codec)))
+            tasks.append(Task(f"{label}, {self.formats[0]}", partial(part, first, codec)))
         for chunk, context in PREFILL:
             part = partial(self._prefill, chunk, context)
             label = f"prefill of {chunk:,} over {context:,}"
-            tasks.append(Task(label, partial(self._try, label, part, first, codec)))
-        return [Task(task.label, partial(self._noted, task.run)) for task in tasks]
+            tasks.append(Task(label, partial(part, first, codec)))
+        return [Task(task.label, partial(self._guarded, task)) for task in tasks]
 
     @property
     def run(self) -> Run:
@@ -86,9 +86,13 @@ class Benchmark:
             **self._extra,
         )
 
-    def _noted(self, run: Callable[[], None]) -> None:
-        with self._compiling:
-            run()
+    def _guarded(self, task: Task) -> None:
+        """One measurement that fails leaves the others."""
+        try:
+            with self._compiling:
+                task.run()
+        except Exception as error:  # of a compiler, a kernel or a library
+            self._unmeasured[task.label] = _reason(error)
         torch.cuda.empty_cache()
 
     def _copy(self) -> None:
@@ -198,12 +202,6 @@ class Benchmark:
                 "speed_fraction": theirs / ours,
             }
         )
-
-    def _try(self, label: str, part: Callable[[Shape, Codec], None], shape: Shape, codec: Codec) -> None:
-        try:
-            part(shape, codec)
-        except ImportError as error:  # FlashAttention, which prefill attends with
-            self._unmeasured[label] = _reason(error)
 
     def _codec(self, shape: Shape, name: str) -> Codec:
         return Codec(KVFormat.parse(name), shape.head_dim)

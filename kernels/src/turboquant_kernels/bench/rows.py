@@ -114,7 +114,7 @@ class Run:
     copy_bandwidth: float
     """Bytes read and written per second by a device-to-device copy."""
     unmeasured: Mapping[str, str]
-    """Competitor, or part of this run -> why it could not be measured."""
+    """What could not be measured, a competitor or a part of this run -> why."""
     ragged: Mapping[str, float] = field(default_factory=dict)
     """A batch of random lengths: tokens, graph_ms, and `rate_fraction`, its bytes per second over those of
     the first shape."""
