@@ -107,7 +107,7 @@ def draw(rows: Sequence[Row], runs: Iterable[Run], path: Path) -> None:
         for place, (_, speed, roof, color) in enumerate(bars):
             axis.bar(place, speed, color=color, width=0.72)
             axis.plot([place - 0.4, place + 0.4], [roof, roof], color="black", linewidth=1.6)
-            axis.annotate(f"{speed:.2g}", (place, speed), ha="center", va="bottom", fontsize=8)
+            axis.annotate(f"{speed:.2f}", (place, speed), ha="center", va="bottom", fontsize=8)
         axis.set_xticks(range(len(bars)), [label for label, *_ in bars], rotation=35, ha="right", fontsize=8)
         axis.set_title(f"{gpu}\n{shape}", fontsize=9)
         axis.set_ylabel("speed / FA3 bf16", fontsize=8)
