@@ -3,7 +3,9 @@
 import json
 import os
 import subprocess
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,29 @@ def test_the_gain_is_measured_over_baseline(status: dict[str, Any]) -> None:
     measured, baseline = status["capacity"]["measuredTokens"], status["plan"]["baselineTokens"]
     assert float(status["capacity"]["gain"]) == pytest.approx(measured / baseline, abs=0.005)
     assert measured > 3.5 * baseline
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> list[str]:
+    """Two images that this machine has never had, on a common layer of many files."""
+    (tmp_path / "common").mkdir()
+    for index in range(2000):
+        (tmp_path / "common" / str(index)).write_text(str(tmp_path) + str(time.time_ns()))
+    run("git", "init", "--quiet", str(tmp_path))  # build-image copies what git knows or would add
+    names = []
+    for index in range(2):
+        (tmp_path / f"own-{index}").touch()
+        dockerfile = tmp_path / f"{index}.Dockerfile"
+        dockerfile.write_text(f"FROM scratch\nCOPY common /common\nCOPY own-{index} /\n")
+        built = run("tests/cluster/build-image", f"test-{index}", str(dockerfile), str(tmp_path))
+        names.append(built.strip())
+    return names
+
+
+def test_images_with_a_common_layer_load_side_by_side(demo: str, images: list[str]) -> None:
+    with ThreadPoolExecutor(len(images)) as pool:
+        loaded = list(pool.map(lambda image: run("tests/cluster/load-image", image).strip(), images))
+    assert loaded == images
 
 
 def test_the_model_answers(demo: str) -> None:
