@@ -1,5 +1,7 @@
 """The portable decode kernel, item by item, against attention over the decompressed cache."""
 
+from dataclasses import astuple
+
 import pytest
 import torch
 from test_paged_attention import Batch
@@ -8,7 +10,7 @@ from turboquant_kernels.codebook import codebook
 from turboquant_kernels.decode.launch import paged_decode
 from turboquant_kernels.decode.portable import attend_items, launch_of, variants
 from turboquant_kernels.formats import COMPRESSED_FORMATS, HEAD_DIMS, PAGE_TOKENS, KVFormat
-from turboquant_kernels.queries.reference import rotate_queries
+from turboquant_kernels.queries.reference import QuantizedQueries, rotate_queries
 
 TOLERANCE = 5e-4
 
@@ -36,12 +38,13 @@ def attend(batch, device, *, splits=2, window=None, soft_cap=None, sinks=None):
     launch = launch_of(batch.head_dim, group * query_len)
     items = split(batch.seq_lens, launch.tile_tokens, splits, device)
     shape = (len(items), batch.kv_heads, launch.row_groups(group * query_len), launch.rows)
+    queries = rotate_queries(codec, torch.cat(batch.queries), batch.head_dim**-0.5)
     partial = torch.full((*shape, batch.head_dim), float("nan"), device=device)
     stats = torch.full((*shape, 2), float("nan"), device=device)
     attend_items(
         codec,
         launch,
-        rotate_queries(codec, torch.cat(batch.queries).to(device), batch.head_dim**-0.5),
+        QuantizedQueries(*(tensor.to(device) for tensor in astuple(queries))),
         on(device, batch.cache),
         batch.block_table.to(device),
         torch.tensor(batch.seq_lens, dtype=torch.int32, device=device),

@@ -69,6 +69,8 @@ class Launch:
     num_stages: int
     programs_per_sm: int
     """Programs that fit on a multiprocessor, for the number of splits."""
+    max_registers: int
+    """Registers of a thread at most, so that they do fit."""
 
     def row_groups(self, rows: int) -> int:
         """Programs that share the rows of one KV head."""
@@ -83,13 +85,14 @@ def launch_of(head_dim: int, rows: int) -> Launch:
     """
     held = min(max(triton.next_power_of_2(rows), 4), MAX_ROWS)
     num_warps = 1 if head_dim <= 128 else 2
-    warps_per_sm = {4: 16, 8: 12, 16: 8}[held]
+    warps_per_sm, max_registers = {4: (16, 128), 8: (12, 168), 16: (8, 255)}[held]
     return Launch(
         rows=held,
         tile_tokens=32,
         num_warps=num_warps,
         num_stages=2,
         programs_per_sm=warps_per_sm // num_warps,
+        max_registers=max_registers,
     )
 
 
@@ -149,6 +152,7 @@ def attend_items(
         **_constants(fmt, head_dim, launch, kv_heads, group, block_size),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
+        maxnreg=launch.max_registers,
     )
 
 
@@ -250,6 +254,7 @@ def _variant(
         constexprs=constexprs | absent,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
+        options={"maxnreg": launch.max_registers},
         divisible=("block_stride",),
     )
 
@@ -412,13 +417,6 @@ def _attend_items(
     if anchors is not None:
         # So that a tile has one anchor. What it has beyond the item is masked.
         first = begin // TILE * TILE
-        natural = tl.arange(0, WIDTH)
-        anchor_mask = natural < HEAD_DIM
-        anchor_query = tl.load(
-            anchor_queries + query_row[None, :] * HEAD_DIM + natural[:, None],
-            mask=anchor_mask[:, None] & used[None, :],
-            other=0.0,
-        )
         anchor_logit = tl.zeros([ROWS], tl.float32)
     for start in range(first, end, TILE):
         first_page = start // PAGE_TOKENS
@@ -462,11 +460,18 @@ def _attend_items(
             if (start == first) | (start % ANCHOR_TOKENS == 0):
                 block = tl.load(table + first_page // BLOCK_PAGES).to(tl.int64)
                 in_block = first_page % BLOCK_PAGES * PAGE_TOKENS // ANCHOR_TOKENS
-                vector = (
-                    anchors + block * anchor_stride + (in_block * KV_HEADS + kv_head) * HEAD_DIM + natural
-                )
-                anchor = tl.load(vector, mask=anchor_mask, other=0.0).to(tl.float32)
-                anchor_logit = tl.sum(anchor_query * anchor[:, None], axis=0)
+                vector = anchors + block * anchor_stride + (in_block * KV_HEADS + kv_head) * HEAD_DIM
+                anchor_logit = tl.zeros([ROWS], tl.float32)
+                # Some coordinates at a time: whole queries would take registers from all tiles.
+                for coord in range(0, WIDTH, 16):
+                    d = coord + tl.arange(0, 16)
+                    anchor = tl.load(vector + d, mask=d < HEAD_DIM, other=0.0).to(tl.float32)
+                    anchor_query = tl.load(
+                        anchor_queries + query_row[None, :] * HEAD_DIM + d[:, None],
+                        mask=(d < HEAD_DIM)[:, None] & used[None, :],
+                        other=0.0,
+                    )
+                    anchor_logit += tl.sum(anchor_query * anchor[:, None], axis=0)
             logit += anchor_logit[None, :]
         if soft_cap is not None:
             logit = _soft_cap(logit, soft_cap)
