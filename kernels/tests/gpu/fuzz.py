@@ -18,15 +18,19 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as pytest has it: what other tests share
+
 from cases import Variant, decode_step, decode_variants, store_variants
+from store_agreement import assert_same_as_reference
 
 from turboquant_kernels.bench import oracle, subject
 from turboquant_kernels.bench.caches import DecodeStep, empty_cache, random_step
 from turboquant_kernels.codec import Codec
 from turboquant_kernels.formats import KVFormat
-from turboquant_kernels.store.reference import store as reference_store
 
 ATTENDED_ERROR = 5e-4
 """Relative error of the float32 result that decode kernels may leave."""
@@ -81,15 +85,14 @@ def check_decode(variant: Variant, step: DecodeStep) -> float:
 
 
 def check_store(fmt: KVFormat, head_dim: int, draw: random.Random, device: torch.device) -> None:
-    """The bytes of the readable store, for random tokens and slots. AssertionError where one differs."""
+    """What the readable store stores, up to rounding, for random tokens; AssertionError where it is not."""
     codec, kv_heads = Codec(fmt, head_dim), draw.choice((1, 2, 3, 8))
     block_size = 128 if fmt.anchor else draw.choice((16, 32, 64))
     num_blocks = draw.randint(1, 3)
     capacity = num_blocks * block_size
     cpu = torch.device("cpu")
-    expected = random_step(codec, [capacity], kv_heads, kv_heads, cpu, block_size=block_size).kv_cache
-    stored = empty_cache(codec, num_blocks, block_size, kv_heads, device)
-    _memory(stored).copy_(_memory(expected))
+    before = random_step(codec, [capacity], kv_heads, kv_heads, cpu, block_size=block_size).kv_cache
+    stored = _copied(codec, before, device)
 
     count = draw.choice((1, 2, draw.randint(1, capacity), capacity))
     slots = torch.tensor(draw.sample(range(capacity), count))
@@ -100,19 +103,29 @@ def check_store(fmt: KVFormat, head_dim: int, draw: random.Random, device: torch
         if draw.random() < 0.3:
             vectors[draw.randrange(count), draw.randrange(2 * kv_heads)] = special
     vectors = vectors.to(draw.choice((torch.bfloat16, torch.bfloat16, torch.float16, torch.float32)))
-    reference_store(codec, vectors[:, :kv_heads], vectors[:, kv_heads:], expected, slots)
-    vectors = vectors.to(device)
-    subject.store(codec, vectors[:, :kv_heads], vectors[:, kv_heads:], stored, slots.to(device))
-    differing = (_memory(stored).cpu() != _memory(expected)).sum()
-    assert not differing, (
-        f"{differing} bytes differ from the readable store's, {vectors.dtype}, {count} tokens"
-    )
+    key, value = vectors.split(kv_heads, dim=1)
+    subject.store(codec, *vectors.to(device).split(kv_heads, dim=1), stored, slots.to(device))
+    after = _copied(codec, stored, cpu)
+    assert_same_as_reference(codec, key, value, slots, before, after)
+    assert torch.equal(_anchors(before), _anchors(after)), "anchors have changed"
+
+
+def _copied(codec: Codec, kv_cache: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A cache from `empty_cache` on another device, anchors included."""
+    copy = empty_cache(codec, *kv_cache.shape[:3], device)
+    _memory(copy).copy_(_memory(kv_cache))
+    return copy
 
 
 def _memory(kv_cache: torch.Tensor) -> torch.Tensor:
-    """All bytes of a cache from `empty_cache`, anchors included: uint8 [num_blocks, bytes]."""
+    """All bytes of a cache from `empty_cache`: uint8 [num_blocks, bytes]."""
     stride = kv_cache.stride(0)
     return kv_cache.as_strided((len(kv_cache), stride), (stride, 1))
+
+
+def _anchors(kv_cache: torch.Tensor) -> torch.Tensor:
+    """Bytes behind the pages of each block: uint8 [num_blocks, bytes]."""
+    return _memory(kv_cache)[:, kv_cache[0].numel() :]
 
 
 def check_graph(variant: Variant, draw: random.Random, device: torch.device) -> None:
