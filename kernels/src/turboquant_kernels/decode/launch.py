@@ -23,6 +23,9 @@ from turboquant_kernels.queries.reference import QuantizedQueries
 
 Path = Literal["hopper", "portable"]
 
+_FUSED_SPLITS = 16
+"""Splits of a sequence, on average, that one program merges faster than a launch of its own would."""
+
 
 def path_of(codec: Codec, kv_cache: torch.Tensor) -> Path:
     """The faster kernel of those that read this cache on its device."""
@@ -45,6 +48,9 @@ class Workspace:
     """float32 [items, kv_heads, row_groups, rows, D]: sums of values of the splits."""
     stats: torch.Tensor
     """float32 [items, kv_heads, row_groups, rows, 2]: largest logit and sum of weights of each."""
+    counters: torch.Tensor | None
+    """int32 [num_seqs, kv_heads, row_groups], zeros: splits that are done, where the kernel merges them
+    itself. None where `merge` does, which is faster for many splits a sequence."""
 
     @classmethod
     def allocate(
@@ -80,6 +86,9 @@ class Workspace:
             schedule,
             torch.empty(*shape, codec.head_dim, dtype=torch.float32, device=kv_cache.device),
             torch.empty(*shape, 2, dtype=torch.float32, device=kv_cache.device),
+            torch.zeros(num_seqs, kv_heads, groups, dtype=torch.int32, device=kv_cache.device)
+            if path == "hopper" and len(schedule.items) <= _FUSED_SPLITS * num_seqs
+            else None,
         )
 
     def deal_out(self, seq_lens: torch.Tensor, window: int | None) -> None:
@@ -112,23 +121,26 @@ def attend(
     if workspace is None:
         workspace = Workspace.allocate(codec, kv_cache, len(seq_lens), query_len, q_heads, path)
         workspace.deal_out(seq_lens, window)
-    kernel = hopper if workspace.path == "hopper" else portable
-    kernel.attend_items(
+    schedule, partial, stats = workspace.schedule, workspace.partial, workspace.stats
+    arguments = (
         codec,
         workspace.launch,
         queries,
         kv_cache,
         block_table,
         seq_lens,
-        workspace.schedule.items,
-        workspace.partial,
-        workspace.stats,
-        query_len=query_len,
-        window=window,
-        soft_cap=soft_cap,
+        schedule.items,
+        partial,
+        stats,
     )
-    unit = kernel.value_unit(codec)
-    merge(out, workspace.partial, workspace.stats, workspace.schedule.splits, sinks, unit)
+    options = {"query_len": query_len, "window": window, "soft_cap": soft_cap}
+    if workspace.counters is not None:
+        merged = hopper.Merged(out, schedule.splits, workspace.counters, sinks)
+        hopper.attend_items(*arguments, **options, merged=merged)
+    else:
+        kernel = hopper if workspace.path == "hopper" else portable
+        kernel.attend_items(*arguments, **options)
+        merge(out, partial, stats, schedule.splits, sinks, kernel.value_unit(codec))
     return out
 
 

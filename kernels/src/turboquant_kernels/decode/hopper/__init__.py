@@ -3,6 +3,7 @@
 from turboquant_kernels.decode.hopper.launch import (
     HEAD_DIMS,
     Launch,
+    Merged,
     attend_items,
     launch_of,
     supports,
@@ -10,4 +11,4 @@ from turboquant_kernels.decode.hopper.launch import (
     variants,
 )
 
-__all__ = ["HEAD_DIMS", "Launch", "attend_items", "launch_of", "supports", "value_unit", "variants"]
+__all__ = ["HEAD_DIMS", "Launch", "Merged", "attend_items", "launch_of", "supports", "value_unit", "variants"]

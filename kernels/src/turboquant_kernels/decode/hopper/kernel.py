@@ -23,6 +23,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
+from turboquant_kernels.decode.hopper.merge import merge_splits, store_zeros
 from turboquant_kernels.decode.hopper.operands import (
     basis,
     blocks_of,
@@ -135,6 +136,12 @@ def decode_kernel(
     seq_lens,
     items,
     tables,
+    attended_out,
+    splits,
+    counters,
+    sinks,
+    num_seqs,
+    unit,
     block_stride,
     block_table_stride,
     query_len,
@@ -162,6 +169,7 @@ def decode_kernel(
     AHEAD: gl.constexpr,
     WINDOW: gl.constexpr,
     SOFT_CAP: gl.constexpr,
+    FUSED: gl.constexpr,
 ):
     T: gl.constexpr = P * 16
     N: gl.constexpr = 2 * R
@@ -169,6 +177,7 @@ def decode_kernel(
     VALUE_BLOCKS: gl.constexpr = blocks_of(D, VALUE_BLOCK)
     CODE_WORDS: gl.constexpr = D * (KEY_BITS + VALUE_BITS) // 2
     PAGE_WORDS: gl.constexpr = CODE_WORDS + 16
+    PROGRAMS: gl.constexpr = KV_HEADS * ROW_GROUPS
     mma: gl.constexpr = gl.NVMMADistributedLayout(
         version=[2, 0], warps_per_cta=[W, 1, 1], instr_shape=[1, 16, 8]
     )
@@ -181,10 +190,25 @@ def decode_kernel(
     sequence = gl.load(items + 4 * item)
     first_page = gl.load(items + 4 * item + 1)
     end_page = gl.load(items + 4 * item + 2)
-    if first_page >= end_page:
-        return
     head = gl.program_id(1) // ROW_GROUPS
     group = gl.program_id(1) % ROW_GROUPS
+    if FUSED:
+        # A sequence without tokens has no item: its zeros come from the item of its number.
+        if item < num_seqs and gl.load(splits + 2 * item + 1) == 0:
+            store_zeros(
+                attended_out,
+                query_len * GROUP,
+                group * R,
+                head * GROUP,
+                item * query_len,
+                W,
+                R,
+                D,
+                GROUP,
+                KV_HEADS * GROUP,
+            )
+    if first_page >= end_page:
+        return
     seq_len = gl.load(seq_lens + sequence)
 
     # Rows: query head g of token i is row i * G + g, where G query heads share the KV head.
@@ -454,3 +478,31 @@ def decode_kernel(
     r = gl.arange(0, R, highest.type.layout)
     gl.store(stats + (out_row * R + r) * 2, highest)
     gl.store(stats + (out_row * R + r) * 2 + 1, sums)
+    if FUSED:
+        gl.thread_barrier()
+        counter = counters + sequence * PROGRAMS + gl.program_id(1)
+        count = gl.load(splits + 2 * sequence + 1)
+        arrived = gl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+        if arrived == count - 1:
+            gl.thread_barrier()
+            merge_splits(
+                attended_out,
+                partial,
+                stats,
+                sinks,
+                unit,
+                gl.load(splits + 2 * sequence),
+                count,
+                gl.program_id(1),
+                total_rows,
+                group * R,
+                head * G,
+                sequence * query_len,
+                W,
+                R,
+                D,
+                PROGRAMS,
+                G,
+                KV_HEADS * G,
+            )
+            gl.store(counter, 0)

@@ -83,6 +83,19 @@ def _rules() -> list[dict[str, Any]]:
     return json.loads(files("turboquant_kernels").joinpath("tuning/hopper_decode.json").read_text())["rules"]
 
 
+@dataclass(frozen=True)
+class Merged:
+    """Where the kernel merges splits itself, and what it needs for it."""
+
+    attended: torch.Tensor
+    """float32 [num_seqs * query_len, q_heads, D]: the result."""
+    splits: torch.Tensor
+    """`schedule.Schedule.splits`."""
+    counters: torch.Tensor
+    """int32 [num_seqs, kv_heads, row_groups], zero before and after a launch: splits that are done."""
+    sinks: torch.Tensor | None
+
+
 def attend_items(
     codec: Codec,
     launch: Launch,
@@ -97,10 +110,11 @@ def attend_items(
     query_len: int,
     window: int | None = None,
     soft_cap: float | None = None,
+    merged: Merged | None = None,
 ) -> None:
     """Fills the partial results of the items of a schedule; arguments are those of `portable.attend_items`.
 
-    Attended values come in units of `value_unit`.
+    Attended values come in units of `value_unit`. With `merged` splits are merged in the same launch.
     """
     _, block_size, kv_heads, _ = kv_cache.shape
     group = queries.codes.shape[1] // kv_heads
@@ -127,6 +141,12 @@ def attend_items(
         seq_lens,
         items,
         _device_tables(codec.fmt, codec.head_dim, kv_cache.device),
+        merged and merged.attended,
+        merged and merged.splits,
+        merged and merged.counters,
+        merged and merged.sinks,
+        len(seq_lens),
+        value_unit(codec),
         words.stride(0),
         block_table.stride(0),
         query_len,
@@ -134,6 +154,7 @@ def attend_items(
         (soft_cap or 1.0) * math.log2(math.e),
         **constexprs,
         OFFSET=_offset_type(words),
+        FUSED=merged is not None,
         num_warps=launch.num_warps,
         **({"maxnreg": launch.max_registers} if launch.max_registers else {}),
     )
@@ -149,13 +170,21 @@ def variants() -> Iterator[AotVariant]:
     rows."""
     pointers = {"partial": "*fp32", "stats": "*fp32", "queries": "*i8", "query_scale": "*fp32"}
     pointers |= {"query_half_sum": "*fp32", "kv_cache": "*i32", "block_table": "*i32", "seq_lens": "*i32"}
-    pointers |= {"items": "*i32", "tables": "*i32"}
+    pointers |= {
+        "items": "*i32",
+        "tables": "*i32",
+        "attended_out": "*fp32",
+        "splits": "*i32",
+        "counters": "*i32",
+    }
     numbers = {
         "block_stride": "i32",
         "block_table_stride": "i32",
         "query_len": "i32",
         "window": "i32",
         "soft_cap": "fp32",
+        "num_seqs": "i32",
+        "unit": "fp32",
     }
     names = ("tq-k4v4", "tq-k3v3", "tq-k8v4", "tq-k5v3", "tq-k4v2", "tq-k6v8", "tq-k2v2")
     for head_dim in HEAD_DIMS:
@@ -169,7 +198,7 @@ def variants() -> Iterator[AotVariant]:
                     kernel=decode_kernel,
                     signature=pointers | numbers,
                     constexprs=_constexprs(fmt, head_dim, launch, 8, rows, 1, 16, False, False)
-                    | {"OFFSET": gl.int32},
+                    | {"OFFSET": gl.int32, "FUSED": True, "sinks": None},
                     num_warps=launch.num_warps,
                     options=options,
                     divisible=("block_stride", "block_table_stride"),
