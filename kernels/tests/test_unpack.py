@@ -14,7 +14,7 @@ MASK = (1 << 32) - 1
 
 
 def permute(a: int, b: int, selector: int) -> int:
-    """prmt.b32: four of the eight bytes of a and b, or their sign repeated, as nibbles of the selector say."""
+    """prmt.b32: four of the eight bytes of a and b, or a sign repeated, as nibbles of the selector say."""
     table = (a | b << 32).to_bytes(8, "little")
     chosen = 0
     for i in range(4):

@@ -5,15 +5,15 @@ Keys come as a tile of tokens by coordinates, the int8 c of each level `step * (
 every level exactly. There are two ways to the same tiles:
 
 - PTX (`levels_ptx`): a register of four bytes of codes becomes registers of four levels, one for each code of
-  a byte, by byte permutation used as a look-up in a table of eight bytes. Nothing is shuffled: results are put
-  beside each other as they come, so coordinates stand in an order of their own (`coordinate`). Decode reads
-  queries and writes results in that order; `natural` undoes it.
+  a byte, by byte permutation used as a look-up in a table of eight bytes. Nothing is shuffled: results are
+  put beside each other as they come, so coordinates stand in an order of their own (`coordinate`). Decode
+  reads queries and writes results in that order; `natural` undoes it.
 - Plain Triton, where that PTX does not reach: a table in memory, one byte load for each code and plane. This
   is what Triton's interpreter runs.
 
-The four bytes of a register are neighbouring bytes of one token's key, or the same byte of four tokens' values
-(`packing`): a value tile is ready to be summed over tokens. Its tokens stand in the order of their bytes;
-`token_of` says which one, and who multiplies the two tiles reads keys in the same order.
+The four bytes of a register are neighbouring bytes of one token's key, or the same byte of four tokens'
+values (`packing`): a value tile is ready to be summed over tokens. Its tokens stand in the order of their
+bytes; `token_of` says which one, and who multiplies the two tiles reads keys in the same order.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,6 @@ _EVEN, _ODD = "0x6420", "0x7531"
 """prmt selectors: even or odd bytes of two registers."""
 _EVEN_HALVES, _ODD_HALVES = "0x6240", "0x7351"
 """prmt selectors: bytes 0, 2 or 1, 3 of the first register as low bytes, of the second as high bytes."""
-_NIBBLE_SIGNS = "0x80808080"
 
 
 @cache
@@ -119,9 +118,9 @@ def _four_bits_bf16(magnitudes: Sequence[int]) -> str:
 
 
 def _small(bits: int, grid: Sequence[int], *, bf16: bool) -> str:
-    """2 bits: one input, four outputs, coordinates 0..3 of a byte. 3 bits: two inputs of the first plane and the
-    signs', eight outputs (word x, nibble k, coordinate s). The table has all levels, by code."""
-    words, inputs = (2, 3) if bits == 3 else (1, 1)
+    """2 bits: one input, four outputs, coordinates 0..3 of a byte. 3 bits: two inputs of the first plane and
+    one of signs, eight outputs (word x, nibble k, coordinate s). The table has all levels, by code."""
+    words = 2 if bits == 3 else 1
     width = 2 if bf16 else 1
     outputs = 4 * words * width
     tables = _tables_bf16(grid) if bf16 else (_table(grid),)
@@ -151,7 +150,7 @@ def _small(bits: int, grid: Sequence[int], *, bf16: bool) -> str:
 
 
 def _planes_of_words(bits: int, head_dim: int) -> str:
-    """5 bits: $8..$11 nibbles of 32 coordinates, $12 signs -> $0..$7, coordinates 4 * rho .. 4 * rho + 3 each.
+    """5 bits: $8..$11 nibbles of 32 coordinates, $12 signs -> $0..$7, four coordinates from 4 * rho on each.
     6 bits: $12 is the fifth bit of the magnitudes, $13 the signs.
 
     prmt repeats the top bit of a table's byte, here zero, where a selector's nibble is 8 or more; so of two
@@ -182,7 +181,7 @@ def _planes_of_words(bits: int, head_dim: int) -> str:
 
 
 def _eight_bits() -> str:
-    """$2 -> $0, $1: four int8 c to bf16 c + 1/2. With 7 bits of magnitude in its mantissa 0x43.. is 128 + c."""
+    """$2 -> $0, $1: int8 c to bf16 c + 1/2. 0x43.. with 7 bits of magnitude in the mantissa is 128 + c."""
     lines = [f"prmt.b32 m, $2, $2, {_SIGNS};", "xor.b32 m, m, $2;"]
     for output, (magnitude, sign) in enumerate((("0x4140", "0x1404"), ("0x4342", "0x3424"))):
         lines += [
@@ -274,7 +273,7 @@ def _bit_position(coord, BITS: tl.constexpr, HEAD_DIM: tl.constexpr, READ: tl.co
 
 @triton.jit
 def load_bits(plane, position, seen, BITS: tl.constexpr, STRIDE: tl.constexpr):
-    """Fields of BITS bits: pointers to rows whose bytes are STRIDE apart, positions of fields, a mask -> int32.
+    """Fields of BITS bits: pointers to rows with bytes STRIDE apart, positions of fields, a mask -> int32.
 
     The three are broadcast to each other: [T, 1], [1, N], [1, N] give [T, N].
     """
@@ -294,7 +293,7 @@ def _load_codes(
     STRIDE: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
 ):
-    """Codes of coordinates, int32: the plain way. `row` counts rows, and single bytes where they interleave."""
+    """Codes of coordinates, int32: the plain way. `row` counts rows, or bytes where rows interleave."""
     FIRST: tl.constexpr = 4 if BITS == 5 or BITS == 6 else (2 if BITS == 3 else BITS)
     seen = coord < HEAD_DIM
     whole, part = row // STRIDE * STRIDE, row % STRIDE
@@ -321,7 +320,7 @@ def load_keys(
 ):
     """int8 [T, WIDTH]: c of the keys' levels, padding with any of them.
 
-    page: pointers [T, 1] to the first byte of the tokens' pages. token: int [T, 1], their places in the pages.
+    page: pointers [T, 1] to the first byte of the tokens' pages. token: int [T, 1], their places in them.
     table: pointer to `level_table`.
     """
     if BITS == 8:
@@ -346,8 +345,8 @@ def load_keys(
             )
             keys = _beside(_beside(a, b), _beside(c, d))
     else:
-        # Each thread takes a word of every plane, in one layout. Had it a whole row, Triton would take the tile
-        # for a transposed one and move it byte by byte. (In a function of its own the hints would get lost.)
+        # Each thread takes a word of every plane, in one layout. Had it a whole row, Triton would take the
+        # tile for a transposed one and move it byte by byte. (In a function of its own the hints get lost.)
         byte = tl.arange(0, WIDTH // 8)[None, :]
         SIGN_ROW: tl.constexpr = HEAD_DIM // 8
         FIRST_ROW: tl.constexpr = HEAD_DIM // 4 if BITS == 3 else HEAD_DIM // 2
@@ -412,8 +411,8 @@ def load_values(
 ):
     """OUT [WIDTH, T]: the values' levels in steps, c + 1/2, padding with any of them.
 
-    T tokens of whole pages in the order of `token_of`. page: pointers [T] to the first byte of the values of the
-    tokens' pages; quad_page: [T / 4], of every fourth one. table: as `load_keys` takes it.
+    T tokens of whole pages in the order of `token_of`. page: pointers [T] to the first byte of the values in
+    the tokens' pages; quad_page: [T / 4], of every fourth one. table: as `load_keys` takes it.
     """
     QUADS: tl.constexpr = quad_page.shape[0]
     if PTX == "":
