@@ -570,7 +570,9 @@ def _test(root: Path, tests: str) -> None:
     if package is None or not str(package.origin).startswith(str(root)):
         sys.exit(f"the package under test is {package}, not the mutated copy")
     options = ["-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider"]
-    os._exit(pytest.main([*options, str(KERNELS / "tests" / tests)]))
+    code = pytest.main([*options, str(KERNELS / "tests" / tests)])
+    sys.stdout.flush()  # _exit, which spares us torch's own end, does not
+    os._exit(code)
 
 
 def outcomes(mutations: list[Mutation]) -> Iterator[Outcome]:
