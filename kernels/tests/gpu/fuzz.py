@@ -10,6 +10,7 @@ runs cases in Triton's interpreter, which checks this file.
 
 import argparse
 import contextlib
+import math
 import multiprocessing
 import os
 import random
@@ -178,14 +179,17 @@ def run(
     device: torch.device,
     path: str | None = None,
     budget: int = BUDGET,
+    seconds: float = math.inf,
     tell: Callable[[str], None] = print,
 ) -> Outcome:
-    """`cases` cases of a seed, or `only` one of them."""
+    """`cases` cases of a seed, as many as begin within `seconds`, or `only` one of them."""
     outcome = Outcome(seed)
     decoding = _decoding(path)
     storing = store_variants()
     begin = time.monotonic()
     for index in range(cases) if only is None else [only]:
+        if time.monotonic() - begin > seconds:
+            break
         draw = random.Random(f"{seed} {index}")
         torch.manual_seed(draw.getrandbits(32))
         try:
@@ -202,6 +206,8 @@ def run(
             reason = (str(error).splitlines() or [""])[0]
             outcome.failures.append(f"seed {seed} case {index}: {name}: {type(error).__name__}: {reason}")
             tell(outcome.failures[-1])
+            if "CUDA error" in reason:  # the device is lost to this process
+                break
         outcome.cases += 1
         outcome.variants.add(name)
         if outcome.cases % 200 == 0:
@@ -218,6 +224,7 @@ def main() -> int:
     parser.add_argument("--path", help="only variants of this path")
     parser.add_argument("--device", type=torch.device, default="cuda")
     parser.add_argument("--budget", type=int, default=BUDGET)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no case after these")
     arguments = parser.parse_args()
     print(f"seed {arguments.seed}", flush=True)
     if arguments.warm:
@@ -229,6 +236,7 @@ def main() -> int:
         device=arguments.device,
         path=arguments.path,
         budget=arguments.budget,
+        seconds=arguments.seconds,
     )
     print(
         f"{outcome.cases} cases of {len(outcome.variants)} variants: {len(outcome.failures)} failures, "
