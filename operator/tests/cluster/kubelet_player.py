@@ -9,8 +9,16 @@ from typing import Any
 
 import kubernetes
 
-NOW = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-FINISHED = {"startedAt": NOW, "finishedAt": NOW}
+
+def now() -> str:
+    """The time, as statuses have it. Of the moment that is played: an inspection that failed long ago is
+    tried anew."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def finished() -> dict[str, str]:
+    """The times of a container that has just ended."""
+    return {"startedAt": now(), "finishedAt": now()}
 
 
 class Kubelet:
@@ -23,17 +31,17 @@ class Kubelet:
     def inspected(self, pod: str, config: dict[str, Any], weights: dict[str, int]) -> None:
         """An inspection pod that has read a model."""
         message = json.dumps({"config": config, "weights": weights, "revision": ""})
-        state = {"terminated": {"exitCode": 0, "reason": "Completed", "message": message, **FINISHED}}
+        state = {"terminated": {"exitCode": 0, "reason": "Completed", "message": message, **finished()}}
         self._set(pod, "Succeeded", [_container("inspect", state)])
 
     def inspection_failed(self, pod: str, sentence: str) -> None:
         """An inspection pod that could not read its model."""
-        state = {"terminated": {"exitCode": 1, "reason": "Error", "message": sentence, **FINISHED}}
+        state = {"terminated": {"exitCode": 1, "reason": "Error", "message": sentence, **finished()}}
         self._set(pod, "Failed", [_container("inspect", state)])
 
     def ready(self, pod: str, address: str = "127.0.0.1") -> None:
         """An engine that serves."""
-        state = {"running": {"startedAt": NOW}}
+        state = {"running": {"startedAt": now()}}
         self._set(
             pod,
             "Running",
@@ -58,7 +66,7 @@ class Kubelet:
 
     def crashed(self, pod: str, last_words: str, reason: str = "Error", exit_code: int = 1) -> None:
         """An engine that ended and waits to be restarted."""
-        ended = {"exitCode": exit_code, "reason": reason, "message": last_words, **FINISHED}
+        ended = {"exitCode": exit_code, "reason": reason, "message": last_words, **finished()}
         container = _waiting("CrashLoopBackOff", "back-off 10s restarting failed container")
         container |= {"lastState": {"terminated": ended}, "restartCount": 2}
         self._set(pod, "Running", [container])
@@ -108,5 +116,5 @@ def _condition(kind: str, status: str, reason: str = "", message: str = "") -> d
         "status": status,
         "reason": reason,
         "message": message,
-        "lastTransitionTime": NOW,
+        "lastTransitionTime": now(),
     }
