@@ -66,11 +66,8 @@ def check_decode(variant: Variant, step: DecodeStep) -> float:
         step.kv_cache,
         step.block_table,
         step.seq_lens,
-        query_len=step.query_len,
+        **step.options,
         scale=step.scale,
-        window=step.window,
-        soft_cap=step.soft_cap,
-        sinks=step.sinks,
     )
     error = oracle.relative_error(first, exact)
     assert error <= ATTENDED_ERROR, f"relative error {error:.2e} of the float32 result"

@@ -6,6 +6,7 @@ order, as they come to lie in an engine that has run for a while.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -33,6 +34,16 @@ class DecodeStep:
     window: int | None = None
     soft_cap: float | None = None
     sinks: torch.Tensor | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments that say which tokens a query sees, and how: alike for kernels and oracle."""
+        return {
+            "query_len": self.query_len,
+            "window": self.window,
+            "soft_cap": self.soft_cap,
+            "sinks": self.sinks,
+        }
 
 
 def random_step(
