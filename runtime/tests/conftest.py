@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 os.environ.update(
     {
@@ -28,6 +29,15 @@ os.environ.update(
     }
 )
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+
+if not torch.cuda.is_available():
+    # Kernels run in Triton's interpreter, which their decorators decide at import. Child processes find
+    # Triton as it is.
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton
+
+    triton.knobs.runtime.interpret = True
+    del os.environ["TRITON_INTERPRET"]
 
 
 class Engine:
@@ -151,13 +161,16 @@ def facts() -> SimpleNamespace:
     """A model that can be served, as keyword arguments of `EngineFacts`."""
     return SimpleNamespace(
         device="cpu",
+        compute_capability=None,
+        dtype="bfloat16",
         num_layers=4,
         head_dim=128,
+        draft_head_dim=None,
         block_size=128,
         mla=False,
         encoder_decoder=False,
         hybrid=False,
         chunked_local_attention=False,
         bidirectional_images=False,
-        kv_connector=False,
+        kv_connector=None,
     )

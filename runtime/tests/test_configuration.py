@@ -63,15 +63,16 @@ def test_every_format_can_be_served_on_the_cpu(facts: SimpleNamespace) -> None:
 @pytest.mark.parametrize(
     ("fact", "value", "says"),
     [
-        ("device", "cuda", "CPU platform only"),
+        ("device", "rocm", "not on rocm"),
         ("mla", True, "MLA"),
         ("encoder_decoder", True, "encoder-decoder"),
-        ("hybrid", True, "hybrid"),
+        ("hybrid", True, "served on GPUs only"),
         ("chunked_local_attention", True, "chunked local attention"),
-        ("kv_connector", True, "KV connectors"),
+        ("kv_connector", "OffloadingConnector", "OffloadingConnector"),
         ("bidirectional_images", True, "--limit-mm-per-prompt"),
         ("block_size", 24, "multiple of 16"),
         ("head_dim", 72, "head_dim 72"),
+        ("draft_head_dim", 72, "the draft model's head_dim 72"),
     ],
 )
 def test_what_cannot_be_served_is_refused(
@@ -82,6 +83,31 @@ def test_what_cannot_be_served_is_refused(
         check_servable(KVPlan.uniform(KVFormat(4, 4), 4), EngineFacts(**vars(facts)))
     assert says in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("fact", "value", "says"),
+    [
+        ("compute_capability", (7, 5), "this one has 7.5"),
+        ("dtype", "float32", "add --dtype bfloat16"),
+        ("mla", True, "MLA"),
+        ("kv_connector", "NixlConnector", "NixlConnector"),
+    ],
+)
+def test_what_cannot_be_served_on_a_gpu_is_refused(
+    facts: SimpleNamespace, fact: str, value: object, says: str
+) -> None:
+    vars(facts).update({"device": "cuda", "compute_capability": (9, 0), fact: value})
+    with pytest.raises(RefusedConfiguration) as refusal:
+        check_servable(KVPlan.uniform(KVFormat(4, 4), 4), EngineFacts(**vars(facts)))
+    assert says in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(("fact", "value"), [("hybrid", True), ("kv_connector", "OffloadingConnector")])
+def test_a_gpu_serves_more_than_a_cpu(facts: SimpleNamespace, fact: str, value: object) -> None:
+    vars(facts).update({"device": "cuda", "compute_capability": (9, 0), fact: value})
+    check_servable(KVPlan.uniform(KVFormat(4, 4), 4), EngineFacts(**vars(facts)))
 
 
 def test_anchors_are_refused_until_they_exist(facts: SimpleNamespace) -> None:

@@ -15,14 +15,15 @@ PLAN = KVPlan((KVFormat(4, 4), KVFormat(8, 2)), seed=5)
 
 @pytest.fixture
 def make_impl(monkeypatch: pytest.MonkeyPatch):
-    from turboquant_runtime.backends import cpu
+    from turboquant_runtime.backends import base, cpu
 
     config = SimpleNamespace(
+        speculative_config=None,
         additional_config={"turboquant": PLAN.to_dict()},
         cache_config=SimpleNamespace(cache_dtype="tq-k4v4"),
         model_config=SimpleNamespace(get_total_num_hidden_layers=lambda: 2),
     )
-    monkeypatch.setattr(cpu, "get_current_vllm_config", lambda: config)
+    monkeypatch.setattr(base, "get_current_vllm_config", lambda: config)
 
     def make(**arguments):
         defaults = {

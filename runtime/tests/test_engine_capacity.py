@@ -97,7 +97,6 @@ def test_the_reported_baseline_is_what_a_bf16_engine_has(start, shape, name, pla
     engine = start(shape, name, plan)
     capacity = vllm_0_25.measure_capacity(
         engine.config,
-        vllm_0_25.plan_of(engine.config),
         [engine.runner.get_kv_cache_spec()],
         [MEMORY],
     )

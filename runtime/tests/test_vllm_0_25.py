@@ -32,6 +32,12 @@ SIGNATURES = {
         "vllm_config kv_cache_groups available_memory"
     ),
     "v1/core/kv_cache_utils.py get_kv_cache_capacity": "vllm_config kv_cache_config",
+    "v1/core/kv_cache_utils.py init_none_hash": "hash_fn",
+    "platforms/cuda.py CudaPlatformBase.get_attn_backend_cls": (
+        "cls selected_backend attn_selector_config num_heads"
+    ),
+    "platforms/cuda.py CudaPlatformBase.check_and_update_config": "cls vllm_config",
+    "platforms/interface.py Platform._align_hybrid_block_size": "cls vllm_config backend_cls",
     "v1/engine/core_client.py MPClient._apply_ready_response": "self payload",
     "v1/metrics/loggers.py StatLoggerBase.__init__": "self vllm_config engine_index",
     "v1/metrics/loggers.py StatLoggerBase.record": (
@@ -49,7 +55,7 @@ SIGNATURES = {
 IMPORTED_NAMES = {
     "v1/attention/selector.py": {"CacheDType"},
     "engine/arg_utils.py": {"CacheDType"},
-    "v1/engine/core.py": {"get_kv_cache_configs", "EngineCoreReadyResponse"},
+    "v1/engine/core.py": {"get_kv_cache_configs", "EngineCoreReadyResponse", "init_none_hash"},
 }
 """Names that the adapter replaces in the module that uses them, not in the one that defines them."""
 
@@ -189,6 +195,7 @@ def attention_layer(fmt_name: str, head_dim: int, sliding_window: int | None) ->
 
 def engine_config(cache_dtype: str, additional_config: dict | None = None) -> SimpleNamespace:
     return SimpleNamespace(
+        speculative_config=None,
         additional_config=additional_config or {},
         cache_config=SimpleNamespace(block_size=128, cache_dtype=cache_dtype, skip_page_size_padded=None),
         model_config=SimpleNamespace(get_total_num_hidden_layers=lambda: 2, use_mla=False),
@@ -233,18 +240,51 @@ def test_a_layer_without_our_format_keeps_its_spec(cache_spec) -> None:
 def test_the_baseline_undoes_every_format(adapter, cache_spec) -> None:
     import torch
 
-    config = engine_config("auto")
-    config.model_config.dtype = torch.bfloat16
     for fmt in COMPRESSED_FORMATS:
+        config = engine_config(fmt.name)
+        config.model_config.dtype = torch.bfloat16
         for head_dim in HEAD_DIMS:
-            spec = adapter._uncompressed(
-                cache_spec(fmt.name, head_dim), "layers.1", KVPlan.uniform(fmt, 2), config
-            )
+            spec = adapter._uncompressed(cache_spec(fmt.name, head_dim), "layers.1", config)
             assert (spec.head_size, spec.dtype) == (head_dim, torch.bfloat16)
 
 
-def test_layers_of_a_draft_model_are_refused(adapter) -> None:
-    from turboquant_runtime.configuration import RefusedConfiguration
+@pytest.mark.parametrize(
+    ("layer_name", "name"),
+    [
+        ("model.layers.1.self_attn.attn", "tq-k8v4"),
+        ("model.layers.2.self_attn.attn", "tq-k5v3"),
+        ("draft_model.model.layers.1.self_attn.attn", "tq-k5v3"),
+    ],
+)
+def test_a_draft_model_takes_the_named_format(adapter, layer_name: str, name: str) -> None:
+    """Its layers follow the target's in number, or have a prefix; the plan is the target's."""
+    plan = KVPlan((KVFormat(4, 4), KVFormat(8, 4)))
+    config = engine_config("tq-k5v3", {"turboquant": plan.to_dict()})
+    assert adapter.layer_format(config, layer_name).name == name
 
-    with pytest.raises(RefusedConfiguration, match="draft models are not supported yet"):
-        adapter.layer_format(KVPlan.uniform(KVFormat(4, 4), 2), "model.layers.2.self_attn.attn")
+
+def test_the_plan_is_that_of_the_target_model(adapter) -> None:
+    """A draft model is made under a configuration of its own, whose model has other layers."""
+    config = engine_config("tq-k4v4")
+    config.model_config.get_total_num_hidden_layers = lambda: 1
+    config.speculative_config = SimpleNamespace(
+        target_model_config=SimpleNamespace(get_total_num_hidden_layers=lambda: 24)
+    )
+    assert len(adapter.plan_of(config).layers) == 24
+
+
+@pytest.mark.parametrize(
+    ("changed", "same"),
+    [
+        ({}, True),
+        ({"seed": 1}, False),
+        ({"layers": (KVFormat(4, 4), KVFormat(4, 3))}, False),
+    ],
+)
+def test_a_page_is_known_by_its_plan(adapter, changed: dict, same: bool) -> None:
+    def identity(**parts) -> bytes:
+        plan = KVPlan(**{"layers": (KVFormat(4, 4), KVFormat(8, 4)), "seed": 0} | parts)
+        return adapter.page_identity(b"start", plan, lambda value: repr(value).encode())
+
+    assert (identity() == identity(**changed)) == same
+    assert identity() != b"start"

@@ -10,11 +10,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from turboquant_kernels.formats import BF16, COMPRESSED_FORMATS, PAGE_TOKENS, KVFormat
+from turboquant_kernels.formats import BF16, COMPRESSED_FORMATS, HEAD_DIMS, PAGE_TOKENS, KVFormat
 from turboquant_kernels.plans import PLAN_KEY, KVPlan
 
 CACHE_DTYPES = frozenset(fmt.name for fmt in COMPRESSED_FORMATS)
 """The values of `--kv-cache-dtype` that this package adds to vLLM's own."""
+
+MIN_COMPUTE_CAPABILITY = (8, 0)
+"""Of the GPUs that the kernels are written for: bf16 on tensor cores."""
+
+CUDA_DTYPES = ("bfloat16", "float16")
+"""Model dtypes on GPUs: what FlashAttention, the attention of prompts, computes in."""
+
+KV_CONNECTORS = {"cuda": ("OffloadingConnector",)}
+"""By device, what may carry pages away: vLLM's own offloading to host memory; the rest is untried."""
 
 _UNCOMPRESSED = "or start with --kv-cache-dtype auto for an uncompressed cache"
 
@@ -32,10 +41,16 @@ class EngineFacts:
     """What decides whether a model can be served from compressed pages; known before its weights are."""
 
     device: str
-    """`cpu` or `cuda`: the platform that vLLM runs on."""
+    """`cpu`, `cuda`, `rocm`, ...: the platform that vLLM runs on."""
+    compute_capability: tuple[int, int] | None
+    """Of a GPU: (9, 0) for Hopper."""
+    dtype: str
+    """The model's own, `bfloat16`."""
     num_layers: int
     """Attention layers of the whole model, over all pipeline stages."""
     head_dim: int
+    draft_head_dim: int | None
+    """Of the draft model, where one speculates."""
     block_size: int
     """Tokens in one block of the engine's block table."""
     mla: bool
@@ -45,8 +60,8 @@ class EngineFacts:
     chunked_local_attention: bool
     bidirectional_images: bool
     """Tokens of one image see each other in both directions, and images are not switched off."""
-    kv_connector: bool
-    """KV pages leave the engine: offloading, disaggregated prefill."""
+    kv_connector: str | None
+    """vLLM's name of what carries KV pages out of the engine: offloading, disaggregated prefill."""
 
 
 def requested_plan(cache_dtype: str, additional_config: Mapping[str, Any], num_layers: int) -> KVPlan | None:
@@ -92,17 +107,16 @@ def plain_layers(plan: KVPlan) -> tuple[int, ...]:
 
 def check_servable(plan: KVPlan, facts: EngineFacts) -> None:
     """Raises RefusedConfiguration for the first thing that this release cannot serve."""
-    if facts.device != "cpu":
-        raise RefusedConfiguration(
-            f"compressed caches are served on the CPU platform only so far, not on {facts.device}: "
-            f"use the CPU image, {_UNCOMPRESSED}"
-        )
+    _check_device(facts)
     unsupported = {
         "multi-head latent attention (MLA) keeps no keys and values to compress": facts.mla,
         "encoder-decoder models are not supported": facts.encoder_decoder,
-        "hybrid models (linear attention or Mamba beside attention) are not supported yet": facts.hybrid,
+        "hybrid models (linear attention or Mamba beside attention) are served on GPUs only": facts.hybrid
+        and facts.device == "cpu",
         "chunked local attention is not supported": facts.chunked_local_attention,
-        "KV connectors and KV offloading are not supported yet: leave them out": facts.kv_connector,
+        f"the KV connector {facts.kv_connector} is not supported on {facts.device}: leave it out": (
+            facts.kv_connector is not None and facts.kv_connector not in KV_CONNECTORS.get(facts.device, ())
+        ),
     }
     for reason, applies in unsupported.items():
         if applies:
@@ -119,6 +133,33 @@ def check_servable(plan: KVPlan, facts: EngineFacts) -> None:
         )
     for index, layer in enumerate(plan.layers):
         _check_layer(index, layer, facts.head_dim)
+    if facts.draft_head_dim is not None and facts.draft_head_dim not in HEAD_DIMS:
+        raise RefusedConfiguration(
+            f"{plan_name(plan)}: the draft model's head_dim {facts.draft_head_dim} is not one of "
+            f"{', '.join(map(str, HEAD_DIMS))}: leave --speculative-config out, {_UNCOMPRESSED}"
+        )
+
+
+def _check_device(facts: EngineFacts) -> None:
+    if facts.device not in ("cpu", "cuda"):
+        raise RefusedConfiguration(
+            f"compressed caches are served on NVIDIA GPUs and on CPUs, not on {facts.device}: "
+            "start with --kv-cache-dtype auto"
+        )
+    if facts.device == "cpu":
+        return
+    if facts.compute_capability is not None and facts.compute_capability < MIN_COMPUTE_CAPABILITY:
+        raise RefusedConfiguration(
+            "compressed caches need a GPU of compute capability {}.{} or newer, this one has {}.{}: ".format(
+                *MIN_COMPUTE_CAPABILITY, *facts.compute_capability
+            )
+            + "start with --kv-cache-dtype auto"
+        )
+    if facts.dtype not in CUDA_DTYPES:
+        raise RefusedConfiguration(
+            f"a compressed cache on a GPU needs a model in {' or '.join(CUDA_DTYPES)}, not {facts.dtype}: "
+            f"add --dtype {CUDA_DTYPES[0]}, {_UNCOMPRESSED}"
+        )
 
 
 def _check_layer(index: int, layer: KVFormat, head_dim: int) -> None:

@@ -1,6 +1,6 @@
 """Every touch of vLLM 0.25.1's internals: what is patched, why, and nothing else.
 
-vLLM 0.25.1 has no hook for a KV-cache format from outside, so `install` extends it in five places. Each
+vLLM 0.25.1 has no hook for a KV-cache format from outside, so `install` extends it in seven places. Each
 function below that patches says which symbol, why, and what it leaves alone; `tests/test_vllm_0_25.py` fails
 by name when a symbol changes. With none of our formats chosen every patch calls straight through.
 
@@ -10,11 +10,14 @@ by name when a symbol changes. With none of our formats chosen every patch calls
 | front end | `Platform.check_and_update_config` | what cannot be served is refused before an engine starts |
 | worker | `Platform.get_attn_backend_cls` | compressed layers get our attention backend |
 | worker | `Attention.get_kv_cache_spec` | the engine lays pages out by their true size |
+| front end, worker | `Platform._align_hybrid_block_size` | state pages of hybrids match compressed pages |
+| engine core | `init_none_hash` | a page's identity has its format, seed and plan in it |
 | engine core, front end | the engine's ready message | metrics know the capacity of an uncompressed cache |
 """
 
 import argparse
 import copy
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -28,6 +31,7 @@ import vllm.config.cache
 import vllm.utils.torch_utils
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
+from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from turboquant_kernels.formats import COMPRESSED_FORMATS, HEAD_DIMS, KVFormat
 from turboquant_kernels.plans import KVPlan
@@ -41,7 +45,10 @@ from turboquant_runtime.configuration import (
     requested_plan,
 )
 
-BACKENDS = {"cpu": "turboquant_runtime.backends.cpu.CompressedCPUBackend"}
+BACKENDS = {
+    "cpu": "turboquant_runtime.backends.cpu.CompressedCPUBackend",
+    "cuda": "turboquant_runtime.backends.cuda.CompressedCUDABackend",
+}
 """Our attention backend for each platform's device type."""
 
 
@@ -51,33 +58,39 @@ def install() -> None:
     accept_cache_dtypes()
     refuse_early()
     route_attention()
+    align_hybrids()
     if "vllm.v1.engine.core" in sys.modules:
         report_capacity()
 
 
 def plan_of(vllm_config: VllmConfig) -> KVPlan | None:
-    """The KV plan of an engine; None where none of our formats is chosen."""
+    """The KV plan of an engine; None where none of our formats is chosen.
+
+    It describes the target model, also where the configuration is that of its draft model.
+    """
     additional = vllm_config.additional_config
+    speculative = vllm_config.speculative_config
+    target = speculative.target_model_config if speculative else None
     return requested_plan(
         vllm_config.cache_config.cache_dtype,
         additional if isinstance(additional, dict) else {},
-        vllm_config.model_config.get_total_num_hidden_layers(),
+        (target or vllm_config.model_config).get_total_num_hidden_layers(),
     )
 
 
-def layer_format(plan: KVPlan, layer_name: str) -> KVFormat:
-    """The format of one attention layer, by the number in its name (`model.layers.3.self_attn.attn`).
+def layer_format(vllm_config: VllmConfig, layer_name: str) -> KVFormat:
+    """The format of one attention layer of an engine that has a KV plan.
 
-    Raises RefusedConfiguration for a layer beyond the model's own: that of a draft model.
+    The number in the layer's name (`model.layers.3.self_attn.attn`) is its place in the plan. The layers of a
+    draft model, which come after the target's or have a name of their own, take the format of
+    `--kv-cache-dtype`.
     """
     from vllm.model_executor.models.utils import extract_layer_index
 
-    index = extract_layer_index(layer_name)
-    if index >= len(plan.layers):
-        raise RefusedConfiguration(
-            f"{layer_name} is not one of the model's {len(plan.layers)} layers: draft models are not "
-            "supported yet, leave --speculative-config out"
-        )
+    plan, index = plan_of(vllm_config), extract_layer_index(layer_name)
+    assert plan is not None, "only layers with a compressed format are asked for"
+    if index >= len(plan.layers) or layer_name.startswith("draft_model."):
+        return KVFormat.parse(vllm_config.cache_config.cache_dtype)
     return plan.layers[index]
 
 
@@ -151,10 +164,15 @@ def _keep_plain(plan: KVPlan, skip_layers: list[str]) -> None:
 
 def _facts(vllm_config: VllmConfig) -> EngineFacts:
     model, multimodal = vllm_config.model_config, vllm_config.model_config.multimodal_config
+    transfer, speculative = vllm_config.kv_transfer_config, vllm_config.speculative_config
+    draft = speculative.draft_model_config if speculative else None
     return EngineFacts(
-        device=current_platform.device_type,
+        device="rocm" if current_platform.is_rocm() else current_platform.device_type,
+        compute_capability=_compute_capability(),
+        dtype=str(model.dtype).removeprefix("torch."),
         num_layers=model.get_total_num_hidden_layers(),
         head_dim=model.get_head_size(),
+        draft_head_dim=draft.get_head_size() if draft else None,
         block_size=vllm_config.cache_config.block_size,
         mla=model.use_mla,
         encoder_decoder=model.is_encoder_decoder,
@@ -163,9 +181,14 @@ def _facts(vllm_config: VllmConfig) -> EngineFacts:
         bidirectional_images=model.is_mm_prefix_lm
         and multimodal is not None
         and multimodal.get_limit_per_prompt("image") > 0,
-        kv_connector=vllm_config.kv_transfer_config is not None
-        or vllm_config.cache_config.kv_offloading_size is not None,
+        kv_connector=transfer.kv_connector if transfer else None,
     )
+
+
+def _compute_capability() -> tuple[int, int] | None:
+    """Of a GPU; None on other devices."""
+    capability = current_platform.get_device_capability() if current_platform.is_cuda() else None
+    return (capability.major, capability.minor) if capability else None
 
 
 def _print_refusals_in_one_line() -> None:
@@ -198,10 +221,25 @@ def route_attention() -> None:
     ) -> str:
         if attn_selector_config.kv_cache_dtype in CACHE_DTYPES:
             _give_pages_their_true_size()
-            return BACKENDS[current_platform.device_type]
+            return _valid_backend(attn_selector_config)
         return original(selected_backend, attn_selector_config=attn_selector_config, num_heads=num_heads)
 
     platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+
+
+def _valid_backend(attn_selector_config: Any) -> str:
+    """The path of our backend for this platform; RefusedConfiguration where a layer is not for it."""
+    path = BACKENDS[current_platform.device_type]
+    if current_platform.is_cuda():
+        reasons = resolve_obj_by_qualname(path).validate_configuration(
+            device_capability=current_platform.get_device_capability(), **attn_selector_config._asdict()
+        )
+        if reasons:
+            raise RefusedConfiguration(
+                f"{attn_selector_config.kv_cache_dtype}: {', '.join(reasons)}: "
+                "start with --kv-cache-dtype auto"
+            )
+    return path
 
 
 @cache
@@ -226,10 +264,37 @@ def _give_pages_their_true_size() -> None:
                 f"{self.layer_name}: values of another head size ({self.head_size_v}) than keys "
                 f"({self.head_size}) cannot be compressed yet: start with --kv-cache-dtype auto"
             )
-        slot_bytes = layer_format(plan_of(vllm_config), self.layer_name).slot_bytes(self.head_size)
+        slot_bytes = layer_format(vllm_config, self.layer_name).slot_bytes(self.head_size)
         return replace(spec, head_size=slot_bytes // 2, head_size_v=slot_bytes // 2, dtype=torch.uint8)
 
     Attention.get_kv_cache_spec = get_kv_cache_spec
+
+
+def align_hybrids() -> None:
+    """Lets vLLM size a hybrid's state pages by the bytes that a compressed token takes.
+
+    Patched: `Platform._align_hybrid_block_size`, which gives attention blocks of a hybrid model so many
+    tokens that they reach the size of a linear-attention or Mamba state, and pads the state to it. It counts
+    2 x head_size x element size for a token and head, so it is told a head size that makes this the slot's
+    bytes; the largest of the plan's.
+    """
+    platform = type(current_platform)
+    original = platform._align_hybrid_block_size
+
+    def _align_hybrid_block_size(cls: type, vllm_config: VllmConfig, backend_cls: type) -> None:
+        plan, model = plan_of(vllm_config), vllm_config.model_config
+        if plan is None:
+            original(vllm_config, backend_cls)
+            return
+        head_dim = model.get_head_size()
+        slot_bytes = max(layer.slot_bytes(head_dim) for layer in plan.layers if layer.compressed)
+        model.get_head_size = lambda: slot_bytes // 2
+        try:
+            original(vllm_config, backend_cls)
+        finally:
+            del model.get_head_size
+
+    platform._align_hybrid_block_size = classmethod(_align_hybrid_block_size)
 
 
 @cache
@@ -246,6 +311,7 @@ def report_capacity() -> None:
     """
     from vllm.v1.engine import EngineCoreReadyResponse, core, core_client
 
+    identify_pages()
     measured: list[CacheCapacity] = []
     lay_out: Callable[..., list[Any]] = core.get_kv_cache_configs
     apply_ready: Callable[..., None] = core_client.MPClient._apply_ready_response
@@ -256,12 +322,11 @@ def report_capacity() -> None:
         # vLLM's own function may change the specs that it is given.
         specs = [dict(worker) for worker in kv_cache_specs]
         configs = lay_out(vllm_config, kv_cache_specs, available_memory)
-        plan = plan_of(vllm_config)
-        if plan is not None:
+        if plan_of(vllm_config) is not None:
             memory = available_memory
             if vllm_config.cache_config.num_gpu_blocks_override is not None:
                 memory = [sum(tensor.size for tensor in config.kv_cache_tensors) for config in configs]
-            measured[:] = [measure_capacity(vllm_config, plan, specs, memory)]
+            measured[:] = [measure_capacity(vllm_config, specs, memory)]
         return configs
 
     @dataclass
@@ -282,8 +347,40 @@ def report_capacity() -> None:
     core_client.MPClient._apply_ready_response = _apply_ready_response
 
 
+def identify_pages() -> None:
+    """Makes the plan part of what identifies a page beyond this engine: its format and seed in each layer.
+
+    Patched, in the engine core: the name `init_none_hash` in `vllm.v1.engine.core`, which sets the hash that
+    every sequence's first block follows. Pages in host memory or on disk are found by these hashes; two
+    engines that share them and differ in the plan so never read each other's bytes.
+    """
+    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.engine import core
+
+    lay_out, start_hashes = core.get_kv_cache_configs, core.init_none_hash
+    plans: list[KVPlan] = []
+
+    def get_kv_cache_configs(vllm_config: VllmConfig, *args: Any) -> list[Any]:
+        plan = plan_of(vllm_config)
+        plans[:] = [] if plan is None else [plan]
+        return lay_out(vllm_config, *args)
+
+    def init_none_hash(hash_fn: Callable[[Any], bytes]) -> None:
+        start_hashes(hash_fn)
+        for plan in plans:
+            kv_cache_utils.NONE_HASH = page_identity(kv_cache_utils.NONE_HASH, plan, hash_fn)
+
+    core.get_kv_cache_configs = get_kv_cache_configs
+    core.init_none_hash = init_none_hash
+
+
+def page_identity(start: bytes, plan: KVPlan, hash_fn: Callable[[Any], bytes]) -> bytes:
+    """The hash before a sequence's first block: vLLM's own, and the plan that its pages are stored by."""
+    return hash_fn((start, json.dumps(plan.to_dict(), sort_keys=True)))
+
+
 def measure_capacity(
-    vllm_config: VllmConfig, plan: KVPlan, specs: list[dict[str, Any]], memory: list[int]
+    vllm_config: VllmConfig, specs: list[dict[str, Any]], memory: list[int]
 ) -> CacheCapacity:
     """The capacity that an uncompressed cache would have in this engine's memory.
 
@@ -300,7 +397,7 @@ def measure_capacity(
 
     tokens = []
     for worker_specs, worker_memory in zip(specs, memory, strict=True):
-        plain = {name: _uncompressed(spec, name, plan, vllm_config) for name, spec in worker_specs.items()}
+        plain = {name: _uncompressed(spec, name, vllm_config) for name, spec in worker_specs.items()}
         groups = kv_cache_utils.get_kv_cache_groups(baseline_config, plain)
         layout = kv_cache_utils.get_kv_cache_config_from_groups(baseline_config, groups, worker_memory)
         tokens.append(kv_cache_utils.get_kv_cache_capacity(baseline_config, layout)[0])
@@ -310,10 +407,10 @@ def measure_capacity(
     return CacheCapacity(baseline_tokens=min(tokens), bytes_per_token=bytes_per_token)
 
 
-def _uncompressed(spec: Any, layer_name: str, plan: KVPlan, vllm_config: VllmConfig) -> Any:
+def _uncompressed(spec: Any, layer_name: str, vllm_config: VllmConfig) -> Any:
     """The spec that a layer would have in the model's own dtype."""
-    if spec.dtype != torch.uint8:
+    if getattr(spec, "dtype", None) != torch.uint8:
         return spec
-    fmt = layer_format(plan, layer_name)
+    fmt = layer_format(vllm_config, layer_name)
     head_dim = next(dim for dim in HEAD_DIMS if fmt.slot_bytes(dim) == 2 * spec.head_size)
     return replace(spec, head_size=head_dim, head_size_v=head_dim, dtype=vllm_config.model_config.dtype)

@@ -1,0 +1,84 @@
+"""The first steps of a layer, played through while vLLM measures memory.
+
+vLLM runs the model once on the largest batch, without a cache and without metadata, and gives the cache what
+that run left over. So that run has to hold what serving will: the prefill's scratch beside its turned queries
+and sums, the decode's partial results. Playing both roads on a cache of one block does so, and compiles the
+kernels before a request waits for them.
+"""
+
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+
+from turboquant_kernels.prefill.attention import scratch_tokens
+from turboquant_kernels.store.kernel import store
+from turboquant_runtime.backends.step import Decodes, Prefills, decode_limit
+
+_BATCH_SIZES = (1, 2, 16)
+"""One, which Triton compiles for itself, a number without and one with the factor 16."""
+
+
+def rehearse(
+    impl: Any, layer: Any, config: VllmConfig, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> None:
+    """Stores, prefills and decodes as the layer will; query, key and value are those of the largest batch.
+
+    Layers of equal shape need the same, so that only the first of them does it.
+    """
+    if layer is not _first_of_its_shape(impl, layer, config):
+        return
+    codec, tokens, device = impl.layer_codec(layer), len(query), query.device
+    block_size = layer.get_kv_cache_spec(config).block_size
+    slot_bytes = codec.fmt.slot_bytes(codec.head_dim)
+    kv_cache = torch.zeros(1, block_size, impl.num_kv_heads, slot_bytes, dtype=torch.uint8, device=device)
+    # Slots of -1 are not written.
+    store(codec, key, value, kv_cache, torch.full((tokens,), -1, device=device))
+
+    # A context that fills the scratch and is merged with what precedes it, as far as the model reads.
+    room = scratch_tokens(impl.num_kv_heads, codec.head_dim, query.dtype)
+    length = max(tokens, min(config.model_config.max_model_len, room + tokens))
+    out = torch.empty_like(query)
+    prefills = Prefills([0, tokens], [length], _block_table(1, length, block_size, device))
+    impl.prefill(codec, query, kv_cache, prefills, out)
+
+    longest = config.model_config.max_model_len
+    most = config.scheduler_config.max_num_seqs
+    for query_len in {1, max(1, decode_limit(config) - 1), decode_limit(config)}:
+        # The largest first: it reserves the memory that the others share.
+        for num_seqs in sorted({most, *(n for n in _BATCH_SIZES if n < most)}, reverse=True):
+            decodes = Decodes(
+                query_len,
+                num_seqs * query_len,
+                None,
+                torch.full((num_seqs,), query_len, dtype=torch.int32, device=device),
+                _block_table(num_seqs, longest, block_size, device),
+            )
+            batch = query.new_zeros(num_seqs * query_len, *query.shape[1:])
+            impl.decode(codec, batch, kv_cache, decodes, torch.empty_like(batch))
+
+
+def _first_of_its_shape(impl: Any, layer: Any, config: VllmConfig) -> Any:
+    """The first layer, in the order in which they were made, that is served as this one is."""
+    for other in config.compilation_config.static_forward_context.values():
+        if type(getattr(other, "impl", None)) is type(impl) and _shape(other.impl, other) == _shape(
+            impl, layer
+        ):
+            return other
+    return layer
+
+
+def _shape(impl: Any, layer: Any) -> tuple[Any, ...]:
+    return (
+        impl.layer_codec(layer),
+        impl.num_heads,
+        impl.num_kv_heads,
+        impl.sliding_window,
+        impl.logits_soft_cap,
+        impl.sinks is not None,
+    )
+
+
+def _block_table(num_seqs: int, length: int, block_size: int, device: torch.device) -> torch.Tensor:
+    """Sequences that read the one block again and again."""
+    return torch.zeros(num_seqs, -(-length // block_size), dtype=torch.int32, device=device)

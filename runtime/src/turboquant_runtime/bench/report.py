@@ -1,0 +1,146 @@
+"""What a person sees of the rows: tables, and a picture of bars. No torch, no vLLM."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from rich.box import SIMPLE
+from rich.table import Table
+
+from turboquant_runtime.bench.cases import BASELINES
+from turboquant_runtime.bench.results import Row
+
+LABELS = {"auto": "bf16"}
+"""What readers call a value of `--kv-cache-dtype`, where they do not call it by its name."""
+
+_COLORS = {
+    "auto": "#8a8f98",
+    "fp8": "#5b6270",
+    "int4_per_token_head": "#dcc684",
+    "turboquant_4bit_nc": "#c9a13b",
+}
+_OWN_COLOR = "#2f6fb0"
+
+
+def label(cache: str) -> str:
+    return LABELS.get(cache, cache)
+
+
+def ratios(rows: Iterable[Row]) -> Mapping[tuple[str, ...], Mapping[str, float]]:
+    """Each row's rate over that of each baseline of the same case and engine flags, by the row's key."""
+    rates = {row.key: row.rate for row in rows}
+    result: dict[tuple[str, ...], dict[str, float]] = {}
+    for key, rate in rates.items():
+        baselines = ((name, rates.get((*key[:-1], name))) for name in BASELINES)
+        result[key] = {name: rate / other for name, other in baselines if rate and other}
+    return result
+
+
+def tables(rows: Sequence[Row]) -> list[Table]:
+    """One for each GPU, model and flags, with a section for each case."""
+    over = ratios(rows)
+    result: dict[tuple[str, str, str], Table] = {}
+    last_case = ""
+    for row in rows:
+        table = result.get(row.engine)
+        if table is None:
+            title = f"{row.model}, {row.settings} ({row.gpu})"
+            table = result[row.engine] = Table(title=title, title_justify="left", box=SIMPLE)
+            table.add_column("case", no_wrap=True)
+            table.add_column("cache", no_wrap=True)
+            headers = ("capacity\ntokens", "tokens/s", *(f"x {label(name)}" for name in BASELINES))
+            for header in (*headers, "spread", "TTFT\ns", "cached", "start\ns"):
+                table.add_column(header, justify="right", no_wrap=True)
+        elif row.case != last_case:
+            table.add_section()
+        last_case = row.case
+        table.add_row(
+            row.case,
+            label(row.kv_cache_dtype),
+            f"{row.capacity_tokens:,}",
+            _number(row.rate, ",.1f"),
+            *(_number(over[row.key].get(name), ".2f") for name in BASELINES),
+            _number(row.spread, ".1%"),
+            _number(row.median_ttft_seconds, ".2f"),
+            _number(row.cached_prompt_fraction, ".0%"),
+            f"{row.start_seconds:.1f}",
+        )
+    return list(result.values())
+
+
+def notes(rows: Iterable[Row]) -> list[str]:
+    """Why rows are empty, in sentences."""
+    return [f"{row.model} {row.case}: {label(row.kv_cache_dtype)} {row.note}" for row in rows if row.note]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """An svg with a line of panels for each GPU, model and flags: capacity, then tokens/s of each case.
+
+    A bar is annotated with its value over bf16's, or over fp8's where bf16 cannot hold the case; the dashes
+    are the spread of the repeats. ValueError if no row has a rate.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "engine"  # the same rows give the same bytes
+    from matplotlib import pyplot
+
+    engines = {
+        row.engine: [other for other in rows if other.engine == row.engine] for row in rows if row.rate
+    }
+    if not engines:
+        raise ValueError("no row has a rate")
+    panels = {engine: [_capacity(own), *_rates(own)] for engine, own in engines.items()}
+    columns = max(map(len, panels.values()))
+    figure, axes = pyplot.subplots(
+        len(panels), columns, figsize=(2.9 * columns, 3.0 * len(panels)), squeeze=False
+    )
+    for line, ((gpu, model, settings), drawn) in zip(axes, panels.items(), strict=True):
+        for axis in line[len(drawn) :]:
+            axis.set_visible(False)
+        for axis, (title, bars) in zip(line, drawn, strict=False):
+            baseline = next((bars[name][0] for name in BASELINES if name in bars), None)
+            for place, (cache, (value, spread)) in enumerate(bars.items()):
+                color = _COLORS.get(cache, _OWN_COLOR)
+                axis.bar(place, value, yerr=value * spread / 2, color=color, width=0.72, ecolor="black")
+                if baseline:
+                    text = f"{value / baseline:.2f}x"
+                    axis.annotate(text, (place, value), ha="center", va="bottom", fontsize=8)
+            names = [label(cache) for cache in bars]
+            axis.set_xticks(range(len(bars)), names, rotation=35, ha="right", fontsize=8)
+            axis.set_title(title, fontsize=9)
+            axis.tick_params(axis="y", labelsize=7)
+            axis.margins(y=0.12)
+            axis.spines[["top", "right"]].set_visible(False)
+        flags = "" if settings == "plain" else f"\n{settings}"
+        line[0].set_ylabel(f"{model}{flags}\n{gpu}", fontsize=9)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+Bars = Mapping[str, tuple[float, float]]
+"""Value and relative spread by cache."""
+
+
+def _capacity(rows: Iterable[Row]) -> tuple[str, Bars]:
+    return "capacity, million tokens", {row.kv_cache_dtype: (row.capacity_tokens / 1e6, 0.0) for row in rows}
+
+
+def _rates(rows: Sequence[Row]) -> list[tuple[str, Bars]]:
+    """A panel a case."""
+    return [
+        (
+            f"{case}, tokens/s",
+            {
+                row.kv_cache_dtype: (row.rate, row.spread or 0.0)
+                for row in rows
+                if row.case == case and row.rate
+            },
+        )
+        for case in dict.fromkeys(row.case for row in rows if row.rate)
+    ]
