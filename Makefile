@@ -8,7 +8,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PYPROJECTS := kernels/pyproject.toml runtime/pyproject.toml operator/pyproject.toml
 
-.PHONY: help dev requirements generate lint test test-engine test-cluster test-aot test-gpu bench-kernels mutants cluster-up cluster-down demo demo-down clean
+.PHONY: help dev requirements generate lint test test-engine test-cluster test-aot test-gpu bench-kernels bench-engine mutants cluster-up cluster-down demo demo-down clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -59,6 +59,9 @@ test-gpu: dev ## the kernels on this machine's GPU; writes kernels/tests/gpu/res
 
 bench-kernels: dev ## the kernels' speed beside FlashAttention-3 and vLLM's; writes docs/benchmarks
 	$(BIN)/tq bench kernels
+
+bench-engine: dev ## whole engines beside each other, GROUP="decode prefill"; writes docs/benchmarks
+	$(BIN)/tq bench engine $(GROUP:%=--group %)
 
 mutants: dev ## named mutations of codec and byte counts, each of which a test must catch
 	$(BIN)/python tests/mutants.py

@@ -28,24 +28,29 @@ def main() -> None:
 
 def app(arguments: Sequence[str], commands: Iterable[EntryPoint]) -> typer.Typer:
     """The application for one call: with the command that `arguments` name, or all where they name none."""
-    by_name = {entry.name: entry for entry in sorted(commands, key=lambda entry: entry.name)}
+    by_name = {entry.name: entry for entry in commands}
     named = next((argument for argument in arguments if not argument.startswith("-")), None)
     chosen = [by_name[named]] if named in by_name else by_name.values()
     result = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
     result.callback(help="TurboQuant: a compressed key-value cache for large language models.")(_nothing)
-    for entry in chosen:
+    add_commands(result, chosen)
+    return result
+
+
+def add_commands(application: typer.Typer, commands: Iterable[EntryPoint]) -> None:
+    """Adds the command of each entry point, by name; one that cannot be imported says so when called."""
+    for entry in sorted(commands, key=lambda entry: entry.name):
         try:
             command = entry.load()
         except Exception as error:  # whatever a broken distribution raises must not reach the others
-            result.command(entry.name, help=f"(cannot be imported: {error})", **_ANY_ARGUMENTS)(
+            application.command(entry.name, help=f"(cannot be imported: {error})", **_ANY_ARGUMENTS)(
                 _unavailable(entry, error)
             )
             continue
         if isinstance(command, typer.Typer):
-            result.add_typer(command, name=entry.name)
+            application.add_typer(command, name=entry.name)
         else:
-            result.command(entry.name)(command)
-    return result
+            application.command(entry.name)(command)
 
 
 _ANY_ARGUMENTS: dict[str, Any] = {

@@ -1,8 +1,12 @@
-"""`tq bench`: the command around `measure` and `report`."""
+"""`tq bench`: the command around `measure` and `report`.
+
+Other distributions add benchmarks through the entry-point group `turboquant.bench`.
+"""
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated
 
@@ -12,9 +16,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from turboquant_kernels.bench import report
 from turboquant_kernels.bench.rows import FORMATS, SHAPES, Row, Run, Shape, merge, read_rows, read_runs, write
+from turboquant_kernels.cli import add_commands
 from turboquant_kernels.formats import KVFormat
 
-app = typer.Typer(help="Measure the kernels.", no_args_is_help=True)
+BENCH_GROUP = "turboquant.bench"
+
+app = typer.Typer(help="Measure this project beside others.", no_args_is_help=True)
+add_commands(app, entry_points(group=BENCH_GROUP))
 
 
 @app.callback()

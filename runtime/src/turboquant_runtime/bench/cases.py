@@ -127,6 +127,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     # A tenth of what an H200 leaves for the cache of the Llama shape: 89,856 tokens in bf16.
     "small-cache": _PLAIN | {"enable_prefix_caching": True, "kv_cache_memory_bytes": 11_780_000_000},
     "smoke": {
+        "block_size": 16,
         "kv_cache_memory_bytes": 16 << 20,
         "max_model_len": 512,
         "max_num_batched_tokens": 128,

@@ -83,6 +83,8 @@ def _measure(runs: Sequence[EngineRun], path: Path, log: Path | None) -> list[Un
     date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     failures = []
+    if log is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory() as folder,
         Progress(*columns, console=Console(stderr=True), transient=True) as progress,

@@ -36,7 +36,6 @@ def serve(run: EngineRun, date: str, connection: Connection, log: Path) -> None:
         os.dup2(file.fileno(), 2)
     try:
         _measure(run, date, connection)
-        connection.send(None)
     except Exception as error:
         traceback.print_exc()
         connection.send(Failed(f"{type(error).__name__}: {error}"))
@@ -63,6 +62,8 @@ def _measure(run: EngineRun, date: str, connection: Connection) -> None:
     for case in run.cases:
         for message in workloads.run(client, case, blank):
             connection.send(message)
+    # Before the engine goes: taking it down in good order takes seconds, for which the runner need not wait.
+    connection.send(None)
 
 
 def _versions() -> str:

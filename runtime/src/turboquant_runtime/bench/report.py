@@ -1,6 +1,6 @@
 """What a person sees of the rows: tables, and a picture of bars. No torch, no vLLM."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE
@@ -36,35 +36,33 @@ def ratios(rows: Iterable[Row]) -> Mapping[tuple[str, ...], Mapping[str, float]]
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
-    """One for each GPU, model and flags, with a section for each case."""
+    """One for each GPU, model, flags and case, with columns for what the case has."""
     over = ratios(rows)
-    result: dict[tuple[str, str, str], Table] = {}
-    last_case = ""
+    subjects = dict.fromkeys(row.key[:-1] for row in rows)
+    return [_table([row for row in rows if row.key[:-1] == subject], over) for subject in subjects]
+
+
+def _table(rows: Sequence[Row], over: Mapping[tuple[str, ...], Mapping[str, float]]) -> Table:
+    first = rows[0]
+    columns: dict[str, Callable[[Row], str]] = {
+        "capacity\ntokens": lambda row: f"{row.capacity_tokens:,}",
+        "tokens/s": lambda row: _number(row.rate, ",.1f"),
+        "x bf16": lambda row: _number(over[row.key].get("auto"), ".2f"),
+        "x fp8": lambda row: _number(over[row.key].get("fp8"), ".2f"),
+        "spread": lambda row: _number(row.spread, ".1%"),
+        "TTFT\ns": lambda row: _number(row.median_ttft_seconds, ".2f"),
+        "cached": lambda row: _number(row.cached_prompt_fraction, ".0%"),
+        "start\ns": lambda row: f"{row.start_seconds:.1f}",
+    }
+    flags = "" if first.settings == "plain" else f", {first.settings}"
+    table = Table(title=f"{first.model}{flags}: {first.case} ({first.gpu})", title_justify="left", box=SIMPLE)
+    table.add_column("cache", no_wrap=True)
+    shown = [header for header, cell in columns.items() if any(cell(row) != "-" for row in rows)]
+    for header in shown:
+        table.add_column(header, justify="right", no_wrap=True)
     for row in rows:
-        table = result.get(row.engine)
-        if table is None:
-            title = f"{row.model}, {row.settings} ({row.gpu})"
-            table = result[row.engine] = Table(title=title, title_justify="left", box=SIMPLE)
-            table.add_column("case", no_wrap=True)
-            table.add_column("cache", no_wrap=True)
-            headers = ("capacity\ntokens", "tokens/s", *(f"x {label(name)}" for name in BASELINES))
-            for header in (*headers, "spread", "TTFT\ns", "cached", "start\ns"):
-                table.add_column(header, justify="right", no_wrap=True)
-        elif row.case != last_case:
-            table.add_section()
-        last_case = row.case
-        table.add_row(
-            row.case,
-            label(row.kv_cache_dtype),
-            f"{row.capacity_tokens:,}",
-            _number(row.rate, ",.1f"),
-            *(_number(over[row.key].get(name), ".2f") for name in BASELINES),
-            _number(row.spread, ".1%"),
-            _number(row.median_ttft_seconds, ".2f"),
-            _number(row.cached_prompt_fraction, ".0%"),
-            f"{row.start_seconds:.1f}",
-        )
-    return list(result.values())
+        table.add_row(label(row.kv_cache_dtype), *(columns[header](row) for header in shown))
+    return table
 
 
 def notes(rows: Iterable[Row]) -> list[str]:

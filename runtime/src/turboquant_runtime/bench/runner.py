@@ -6,7 +6,6 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from multiprocessing.connection import wait
 from pathlib import Path
 
 from turboquant_runtime.bench import engine
@@ -59,13 +58,13 @@ def _run(run: EngineRun, date: str, log: Path) -> Iterator[str | Row | Unmeasure
     deadline = time.monotonic() + ENGINE_SECONDS
     try:
         while True:
-            wait([receiver, process.sentinel], timeout=max(0.0, deadline - time.monotonic()))
-            if not receiver.poll():
-                ended = process.exitcode is not None
-                reason = "its process ended" if ended else f"not done after {ENGINE_SECONDS:.0f} s"
-                yield Unmeasured(run, _cause(log, offset) or reason)
+            if not receiver.poll(max(0.0, deadline - time.monotonic())):
+                yield Unmeasured(run, _cause(log, offset) or f"not done after {ENGINE_SECONDS:.0f} s")
                 return
-            message = receiver.recv()
+            try:
+                message = receiver.recv()
+            except EOFError:
+                message = engine.Failed("its process ended")
             if message is None:
                 return
             if isinstance(message, engine.Failed):
