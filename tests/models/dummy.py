@@ -1,7 +1,8 @@
-"""Writes model folders without weights: a config and a tokenizer of a few words.
+"""Writes small model folders: a config and a tokenizer of a few words, and weights where answers matter.
 
-An engine started on one with `load_format="dummy"` has random weights, which is all that tests of capacity,
-scheduling and metrics need, and starts in seconds.
+An engine started on a folder without weights, with `load_format="dummy"`, has random ones next to zero, which
+is all that tests of capacity, scheduling and metrics need, and starts in seconds. `write_weights` makes a
+model whose attention looks somewhere and whose answers differ.
 """
 
 import json
@@ -63,3 +64,25 @@ def write_model(folder: Path, shape: dict[str, Any], **overrides: Any) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w2").save_pretrained(folder)
     return folder
+
+
+def write_weights(folder: Path, seed: int = 0) -> None:
+    """Adds random weights to a folder made by `write_model`: the same for the same seed.
+
+    Rows of a matrix are of length 1, so that hidden states keep their size; queries and keys are made twice
+    as long (scores then spread by about 4), and logits three times. Norms are left as they are initialized.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    config = AutoConfig.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for name, weight in model.named_parameters():
+        if weight.dim() < 2:
+            continue
+        gain = 2.0 if "q_proj" in name or "k_proj" in name else 1.0
+        if "lm_head" in name or ("embed" in name and config.tie_word_embeddings):
+            gain = 3.0
+        torch.nn.init.normal_(weight, std=gain * weight.shape[-1] ** -0.5)
+    model.save_pretrained(folder)
