@@ -47,7 +47,8 @@ class TestCases:
     def test_groups_that_share_an_engine_are_measured_on_one_start(self):
         runs = plan(["prefill", "decode", "short"])
         assert [run.cache for run in runs] == ["auto", "fp8", "tq-k4v4", "tq-k3v3"]
-        assert {tuple(type(case) for case in run.cases) for run in runs} == {(Prefill, Decode, Batch)}
+        assert [type(case) for case in runs[2].cases] == [Prefill, Decode, Batch]
+        assert [type(case) for case in runs[3].cases] == [Prefill, Decode]
 
     def test_groups_of_other_flags_and_models_have_engines_of_their_own(self):
         runs = plan(["decode", "sessions", "moe"], ["auto"])

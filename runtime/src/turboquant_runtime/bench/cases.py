@@ -153,12 +153,13 @@ class Group:
 GROUPS: Mapping[str, Group] = {
     "prefill": Group("time to the first token of 32,000", "llama-3.1-8b", (Prefill(32_000),)),
     "decode": Group("capacity, and decode at 32,000 tokens", "llama-3.1-8b", (Decode((1, 8, 32), 32_000),)),
-    "short": Group("many short requests", "llama-3.1-8b", (Batch(64, 512, 128),)),
+    "short": Group("many short requests", "llama-3.1-8b", (Batch(64, 512, 128),), (*BASELINES, "tq-k4v4")),
     "start": Group("warm engine starts", "llama-3.1-8b", (Start(),), ("auto", "tq-k4v4")),
     "sessions": Group(
         "multi-turn sessions, three times what a small bf16 cache holds",
         "llama-3.1-8b",
-        (Sessions(16, 14_900, turns=4, user_tokens=400, output_tokens=100, at_once=4),),
+        (Sessions(16, 15_400, turns=3, user_tokens=400, output_tokens=100, at_once=4),),
+        (*BASELINES, "tq-k4v4"),
         settings="small-cache",
     ),
     "vllm-compressed": Group(

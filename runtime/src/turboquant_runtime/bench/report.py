@@ -77,8 +77,8 @@ def _number(value: float | None, form: str) -> str:
 def draw(rows: Sequence[Row], path: Path) -> None:
     """An svg with a line of panels for each GPU, model and flags: capacity, then tokens/s of each case.
 
-    A bar is annotated with its value over bf16's, or over fp8's where bf16 cannot hold the case; the dashes
-    are the spread of the repeats. ValueError if no row has a rate.
+    A bar is annotated with its value over bf16's, or over fp8's where bf16 cannot hold the case; the black
+    line at its top is the spread of the repeats. ValueError if no row has a rate.
     """
     import matplotlib
 
