@@ -77,13 +77,18 @@ class Engine:
     def layer_names(self) -> list[str]:
         return [name for group in self.runner.kv_cache_config.kv_cache_groups for name in group.layer_names]
 
-    def generate(self, prompts: list[list[int]], max_tokens: int, **sampling: Any) -> list[Any]:
+    def generate(
+        self, prompts: list[list[int]], max_tokens: int, lora_request: Any = None, **sampling: Any
+    ) -> list[Any]:
         """Greedy completions of token-id prompts, all submitted at once: vLLM's RequestOutput each."""
         from vllm import SamplingParams
 
         parameters = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, **sampling)
         return self.llm.generate(
-            [{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False
+            [{"prompt_token_ids": prompt} for prompt in prompts],
+            parameters,
+            use_tqdm=False,
+            lora_request=lora_request,
         )
 
     def forget(self) -> None:
@@ -118,11 +123,12 @@ class Engine:
 
 @pytest.fixture(scope="session")
 def start_engine() -> Iterator[Callable[..., Engine]]:
-    """Starts an engine, or gives the one that was started with the same arguments."""
+    """Starts an engine, or gives the one that was started with the same arguments and model runner."""
     engines: dict[str, Engine] = {}
 
     def start(model: Path, kv_cache_dtype: str, **arguments: Any) -> Engine:
-        key = repr((str(model), kv_cache_dtype, sorted(arguments.items())))
+        runner = os.environ.get("VLLM_USE_V2_MODEL_RUNNER")
+        key = repr((str(model), kv_cache_dtype, runner, sorted(arguments.items())))
         if key not in engines:
             engines[key] = Engine(model, kv_cache_dtype, **arguments)
         return engines[key]
@@ -141,16 +147,21 @@ def gemma() -> Path:
 
 @pytest.fixture(scope="session")
 def dummy_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Makes a model folder without weights, of the shape `LLAMA` or `GEMMA3`; equal calls share one."""
+    """Makes a model folder of a shape in `models.dummy`, by its name; equal calls share one.
+
+    Without weights, or with the random ones of the given seed.
+    """
     from models import dummy
 
     folders: dict[str, Path] = {}
 
-    def make(shape: str, **overrides: Any) -> Path:
-        key = repr((shape, sorted(overrides.items())))
+    def make(shape: str, weights: int | None = None, **overrides: Any) -> Path:
+        key = repr((shape, weights, sorted(overrides.items())))
         if key not in folders:
             folder = tmp_path_factory.mktemp(shape.lower())
             folders[key] = dummy.write_model(folder, getattr(dummy, shape), **overrides)
+            if weights is not None:
+                dummy.write_weights(folder, weights)
         return folders[key]
 
     return make

@@ -8,10 +8,11 @@ does not stay rare, since layers after the first flip see other vectors and more
 a million in the embeddings all 18 layers of this model move by up to 0.17, at 8 bits. Hence two layers.
 """
 
+from functools import partial
 from pathlib import Path
-from statistics import median
 
 import pytest
+from answers import assert_same_answers
 
 pytestmark = pytest.mark.engine
 
@@ -20,6 +21,8 @@ ROUNDING = 1e-3
 
 FLIP = 0.1
 """Nats, for each token. Tokens where the two best are further apart must be equal."""
+
+same_answers = partial(assert_same_answers, rounding=ROUNDING, flip=FLIP)
 
 BLOCKS = 66
 """Of 16 tokens: 32 for the layer with full attention, 33 for the one with a window, and the null block."""
@@ -82,29 +85,6 @@ def lone(engine):
     return lone
 
 
-def assert_same_answers(outputs, expected) -> None:
-    """Log probabilities agree as above and tokens are equal, up to one that was a tie within the bound."""
-    differences = []
-    for output, reference in zip(outputs, expected, strict=True):
-        for step, other in zip(steps(output), steps(reference), strict=True):
-            (token, logprob), (expected_token, expected_logprob), second = step[0], *other
-            differences.append(abs(logprob - expected_logprob))
-            if token != expected_token:
-                lead = expected_logprob - second[1]
-                assert lead <= FLIP, f"token {token} for {expected_token}, which led by {lead:.3f}"
-                break  # from here on the two continue different texts
-    assert max(differences) <= FLIP
-    assert median(differences) <= ROUNDING
-
-
-def steps(output) -> list[list[tuple[int, float]]]:
-    """The two best tokens of each step with their log probabilities, best first."""
-    return [
-        sorted(((token, p.logprob) for token, p in step.items()), key=lambda pair: -pair[1])[:2]
-        for step in output.outputs[0].logprobs
-    ]
-
-
 def test_a_prefix_hit_answers_as_a_fresh_request(engine, text, lone) -> None:
     prompt = text[:190]
     expected = lone(prompt)
@@ -112,7 +92,7 @@ def test_a_prefix_hit_answers_as_a_fresh_request(engine, text, lone) -> None:
     engine.generate([text[:150]], max_tokens=1)
     (output,) = engine.generate([prompt], MAX_TOKENS, logprobs=2)
     assert output.num_cached_tokens == 144
-    assert_same_answers([output], [expected])
+    same_answers([output], [expected])
 
 
 def test_a_chunked_prefill_answers_as_a_whole_one(engine, text, lone, monkeypatch) -> None:
@@ -130,14 +110,14 @@ def test_a_chunked_prefill_answers_as_a_whole_one(engine, text, lone, monkeypatc
     monkeypatch.setattr(engine.scheduler, "schedule", record)
     (output,) = engine.generate([prompt], MAX_TOKENS, logprobs=2)
     assert chunks[:4] == [50, 50, 50, 40]
-    assert_same_answers([output], [expected])
+    same_answers([output], [expected])
 
 
 def test_a_batch_of_mixed_lengths_answers_as_lone_requests(engine, text, lone) -> None:
     prompts = [text[:190], text[100:200], text[30:67], text[:1]]
     expected = [lone(prompt) for prompt in prompts]
     engine.forget()
-    assert_same_answers(engine.generate(prompts, MAX_TOKENS, logprobs=2), expected)
+    same_answers(engine.generate(prompts, MAX_TOKENS, logprobs=2), expected)
 
 
 def test_a_preempted_request_answers_as_an_undisturbed_one(engine, text, lone) -> None:
@@ -148,7 +128,7 @@ def test_a_preempted_request_answers_as_an_undisturbed_one(engine, text, lone) -
     before = preemptions(engine)
     outputs = engine.generate(prompts, MAX_TOKENS, logprobs=2)
     assert preemptions(engine) > before
-    assert_same_answers(outputs, expected)
+    same_answers(outputs, expected)
 
 
 def preemptions(engine) -> int:
@@ -160,4 +140,4 @@ def test_the_comparison_shows_one_token_that_is_not_read(text, lone, missing: in
     """The comparison above can fail: with one token of the prompt left out it does."""
     prompt = text[:190]
     with pytest.raises(AssertionError):
-        assert_same_answers([lone(prompt[:missing] + prompt[missing + 1 :])], [lone(prompt)])
+        same_answers([lone(prompt[:missing] + prompt[missing + 1 :])], [lone(prompt)])

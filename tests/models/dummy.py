@@ -50,6 +50,76 @@ GEMMA3 = {
 }
 """Gemma-3's shape, small: five layers with a sliding window to one without, which share a block pool."""
 
+GEMMA2 = {
+    "architectures": ["Gemma2ForCausalLM"],
+    "model_type": "gemma2",
+    "dtype": "bfloat16",
+    "vocab_size": 128,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "max_position_embeddings": 8192,
+    "sliding_window": 64,
+    "query_pre_attn_scalar": 256,
+    "attn_logit_softcapping": 5.0,
+    "final_logit_softcapping": 30.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+"""Gemma-2's shape, small: logits of the attention are capped, low enough to matter."""
+
+QWEN3_NEXT = {
+    "architectures": ["Qwen3NextForCausalLM"],
+    "model_type": "qwen3_next",
+    "dtype": "bfloat16",
+    "vocab_size": 128,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+    "full_attention_interval": 4,
+    "num_experts": 0,
+    "mlp_only_layers": [0, 1, 2, 3],
+    "max_position_embeddings": 8192,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+"""Qwen3-Next's shape, small and without experts: three layers of linear attention to one of attention."""
+
+FALCON_H1 = {
+    "architectures": ["FalconH1ForCausalLM"],
+    "model_type": "falcon_h1",
+    "dtype": "bfloat16",
+    "vocab_size": 128,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "mamba_d_ssm": 256,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 32,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 64,
+    "max_position_embeddings": 8192,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+"""Falcon-H1's shape, small: Mamba-2 and attention side by side in every layer."""
+
 
 def write_model(folder: Path, shape: dict[str, Any], **overrides: Any) -> Path:
     """Writes config.json and a tokenizer into `folder`; `overrides` replace entries of the shape."""

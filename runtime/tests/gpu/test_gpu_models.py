@@ -1,0 +1,118 @@
+"""Shapes of models on a GPU: at 8 bits an engine answers next to as one with vLLM's own cache does.
+
+Log probabilities of a whole prompt go through the prefill's road, those of the answer through the decode's.
+"""
+
+from statistics import median
+
+import pytest
+
+pytestmark = pytest.mark.gpu
+
+NEAR, FAR = 0.1, 1.5
+"""Nats: for the median token and for each, at 8 bits for keys and values. Other tokens are 3 away."""
+
+SHAPES = {
+    "head_dim 64, one query head to a KV head": ("LLAMA", {"head_dim": 64, "num_key_value_heads": 4}),
+    "head_dim 80, one KV head": ("LLAMA", {"head_dim": 80, "num_key_value_heads": 1}),
+    "head_dim 96": ("LLAMA", {"head_dim": 96}),
+    "head_dim 128": ("LLAMA", {}),
+    "head_dim 192, one KV head": ("LLAMA", {"head_dim": 192, "num_key_value_heads": 1}),
+    "head_dim 256": ("LLAMA", {"head_dim": 256}),
+    "sliding windows": ("GEMMA3", {"tie_word_embeddings": False}),
+    "soft cap": ("GEMMA2", {}),
+    "linear attention": ("QWEN3_NEXT", {}),
+    "Mamba": ("FALCON_H1", {}),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_answers_are_next_to_those_of_the_uncompressed_cache(
+    start_on_gpu, dummy_model, tokens, shape
+) -> None:
+    name, overrides = SHAPES[shape]
+    model = dummy_model(name, weights=0, **overrides)
+    compressed, plain = start_on_gpu(model, "tq-k8v8"), start_on_gpu(model, "auto")
+    assert_next_to_each_other(compressed, plain, [tokens(length, length) for length in (700, 200, 33)])
+
+
+def assert_next_to_each_other(compressed, plain, prompts, **arguments) -> None:
+    differences = []
+    for prompt in prompts:
+        outputs = [
+            engine.generate([prompt], 16, logprobs=0, prompt_logprobs=0, **arguments)[0]
+            for engine in (compressed, plain)
+        ]
+        told = [[next(iter(step.values())).logprob for step in o.prompt_logprobs[1:]] for o in outputs]
+        differences += [abs(a - b) for a, b in zip(*told, strict=True)]
+        answers = [o.outputs[0] for o in outputs]
+        for a, b, step_a, step_b in zip(
+            *(a.token_ids for a in answers), *(a.logprobs for a in answers), strict=True
+        ):
+            if a != b:
+                break  # two continuations that were next to equal
+            differences.append(abs(step_a[a].logprob - step_b[b].logprob))
+    print(f"{len(differences)} tokens, median {median(differences):.2g}, largest {max(differences):.2g}")
+    assert median(differences) <= NEAR
+    assert sorted(differences)[len(differences) * 99 // 100] <= FAR
+
+
+def test_fewer_bits_are_further_away(start_on_gpu, dummy_model, tokens) -> None:
+    """The comparison above can fail: at two bits it does."""
+    model = dummy_model("LLAMA", weights=0)
+    with pytest.raises(AssertionError):
+        assert_next_to_each_other(start_on_gpu(model, "tq-k2v2"), start_on_gpu(model, "auto"), [tokens(700)])
+
+
+def test_layers_of_a_plan_have_their_own_formats(start_on_gpu, dummy_model, tokens) -> None:
+    """One of them, in the model's own dtype, is served by vLLM's attention beside ours."""
+    from turboquant_kernels.formats import KVFormat
+    from turboquant_kernels.plans import KVPlan
+
+    plan = KVPlan((KVFormat(8, 8), KVFormat.parse("bf16"), KVFormat(6, 8), KVFormat(8, 4)), seed=3)
+    model = dummy_model("LLAMA", weights=0)
+    mixed = start_on_gpu(model, "tq-k8v8", additional_config={"turboquant": plan.to_dict()})
+    assert mixed.capacity_tokens < start_on_gpu(model, "tq-k8v8").capacity_tokens
+    assert_next_to_each_other(mixed, start_on_gpu(model, "auto"), [tokens(300)])
+
+
+def test_fp8_weights(start_on_gpu, dummy_model, tokens) -> None:
+    model = dummy_model("LLAMA", weights=0)
+    engines = [start_on_gpu(model, name, quantization="fp8") for name in ("tq-k8v8", "auto")]
+    assert_next_to_each_other(*engines, [tokens(300)])
+
+
+def test_lora(start_on_gpu, dummy_model, tokens, tmp_path) -> None:
+    import torch
+    from safetensors.torch import save_file
+    from vllm.lora.request import LoRARequest
+
+    projection = "base_model.model.model.layers.{}.self_attn.k_proj.lora_{}.weight"
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for layer in range(4):
+        weights[projection.format(layer, "A")] = torch.randn(8, 256, generator=generator) / 16
+        weights[projection.format(layer, "B")] = torch.randn(256, 8, generator=generator) / 2
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["k_proj"], "bias": "none"}'
+    )
+    model = dummy_model("LLAMA", weights=0)
+    compressed, plain = (
+        start_on_gpu(model, name, enable_lora=True, max_lora_rank=8, max_loras=1)
+        for name in ("tq-k8v8", "auto")
+    )
+    adapter = LoRARequest("adapter", 1, str(tmp_path))
+    assert_next_to_each_other(compressed, plain, [tokens(300)], lora_request=adapter)
+    with pytest.raises(AssertionError):
+        assert_next_to_each_other(compressed, WithArguments(plain, lora_request=adapter), [tokens(300)])
+
+
+class WithArguments:
+    """An engine whose requests all have an argument that others lack."""
+
+    def __init__(self, engine, **arguments) -> None:
+        self.engine, self.arguments = engine, arguments
+
+    def generate(self, *args, **kwargs):
+        return self.engine.generate(*args, **kwargs | self.arguments)
