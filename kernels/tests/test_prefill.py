@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from plain_attention import torch_attend
 from test_paged_attention import Batch
 
 from turboquant_kernels.formats import PAGE_TOKENS, KVFormat
@@ -11,42 +12,6 @@ from turboquant_kernels.prefill.expand import expand
 from turboquant_kernels.prefill.tiles import plan_tiles
 
 TOLERANCE = 1e-5
-
-
-def torch_attend(
-    query,
-    key,
-    value,
-    *,
-    query_starts,
-    key_starts,
-    max_queries,
-    max_keys,
-    scale,
-    causal,
-    window,
-    soft_cap,
-):
-    outs, logs = [], []
-    group = query.shape[1] // key.shape[1]
-    for (q0, q1), (k0, k1) in zip(
-        query_starts.unfold(0, 2, 1).tolist(), key_starts.unfold(0, 2, 1).tolist(), strict=True
-    ):
-        assert q1 - q0 <= max_queries
-        assert k1 - k0 <= max_keys
-        k, v = (x[k0:k1].repeat_interleave(group, dim=1) for x in (key, value))
-        score = torch.einsum("qhd,khd->hqk", query[q0:q1], k) * scale
-        if soft_cap:
-            score = soft_cap * torch.tanh(score / soft_cap)
-        if causal:
-            position = (k1 - k0) - (q1 - q0) + torch.arange(q1 - q0, device=query.device)[:, None]
-            seen = torch.arange(k1 - k0, device=query.device) <= position
-            if window is not None:
-                seen &= torch.arange(k1 - k0, device=query.device) > position - window
-            score = score.masked_fill(~seen, float("-inf"))
-        outs.append(torch.einsum("hqk,khd->qhd", score.softmax(-1), v))
-        logs.append(score.logsumexp(-1))
-    return torch.cat(outs), torch.cat(logs, dim=1)
 
 
 def on(device, cache):

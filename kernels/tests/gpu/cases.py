@@ -1,22 +1,27 @@
 """Cases for the GPU kernels: what they are specialized to, and random inputs for that.
 
+A kernel is compiled anew for what it is specialized to, which takes a second where a case takes a hundredth.
+So that is a list of at most 60 variants; each is compiled once, and everything else is drawn for each case.
+
 What unused bytes hold is the worst there is: NaN scales in pages, block tables that point anywhere.
 """
 
-import itertools
 import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
 from turboquant_kernels.bench import oracle
-from turboquant_kernels.bench.caches import DecodeStep, random_step
+from turboquant_kernels.bench.caches import DecodeStep, empty_cache, random_step
 from turboquant_kernels.codec import Codec
+from turboquant_kernels.decode import hopper
 from turboquant_kernels.formats import (
     COMPRESSED_FORMATS,
     HEAD_DIMS,
+    KEY_BITS,
     PAGE_TOKENS,
     VALUE_BITS,
     Encoding,
@@ -24,17 +29,32 @@ from turboquant_kernels.formats import (
 )
 from turboquant_kernels.packing import KEY_SCALE, pages_of
 
+T = TypeVar("T")
+
 UNIFORM = [fmt for fmt in COMPRESSED_FORMATS if fmt.encoding is Encoding.MSE]
 
 KV_HEADS = (2, 8, 1, 4, 3)
 GROUPS = (4, 8, 1, 2, 7, 16, 3, 5, 6, 12)
 BLOCK_SIZES = (16, 32, 128, 64)
 QUERY_LENS = (1, 1, 2, 1, 1, 4, 1)
+BATCHES = ((1, 96), (3, 16), (5, 200), (2, 33), (12, 1), (4, 512), (7, 64))
+"""Sequences of a step: of most cases, and of some."""
+WINDOWS = ((1,), (16, 112, 1024), (3, 100, 1000))
+"""Triton specializes to 1 and to multiples of 16."""
+TABLE_WIDTHS = (8192, 7813)
+"""Entries of a sequence in the block table, a million tokens in blocks of 128. As windows: a multiple of 16
+or not."""
+DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+
+BUDGET = 60_000
+"""Tokens times KV heads of a case at most; a tenth of it for most."""
+FAR_BYTES = 9 << 30
+"""A cache in which offsets of 4-byte words take 64 bits."""
 
 
 @dataclass(frozen=True)
-class Variant:
-    """What decode kernels are specialized to; everything else is drawn for each case."""
+class DecodeVariant:
+    """What decode kernels, and those around them, are specialized to."""
 
     path: str | None
     """None: what the engine would run on this GPU."""
@@ -42,45 +62,138 @@ class Variant:
     head_dim: int
     kv_heads: int
     group: int
-    query_len: int
-    block_size: int
-    window: bool
-    soft_cap: bool
-    sinks: bool
+    query_len: int = 1
+    block_size: int = 16
+    batches: tuple[int, int] = (8, 64)
+    windows: tuple[int, ...] = ()
+    soft_cap: bool = False
+    sinks: bool = False
+    table_width: int = TABLE_WIDTHS[0]
+    far: bool = False
+    """Whether blocks are scattered over `FAR_BYTES`, and a sequence may have a million tokens."""
 
     def __str__(self) -> str:
-        options = [name for name in ("window", "soft_cap", "sinks") if getattr(self, name)]
-        name = self.fmt.name + ("-anchor" if self.fmt.anchor else "")
+        options = [name for name in ("soft_cap", "sinks", "far") if getattr(self, name)]
+        options += [f"window {'/'.join(map(str, self.windows))}"] * bool(self.windows)
         shape = (
-            f"D {self.head_dim}, {self.kv_heads} KV heads of {self.group}, "
-            f"{self.query_len} queries, blocks of {self.block_size}"
+            f"D {self.head_dim}, {self.kv_heads} KV heads of {self.group}, {self.query_len} queries, "
+            f"blocks of {self.block_size}, {self.batches[0]} or {self.batches[1]} sequences"
         )
-        return ", ".join([f"{self.path or 'default'} {name}", shape, *options])
+        return ", ".join([f"decode {self.path or 'default'} {_name(self.fmt)}", shape, *options])
 
 
-def decode_variants() -> list[Variant]:
-    """28 on the default path, all uniform formats, two with anchors, two as the first benchmark has them, and
-    14 on the portable one, two of them of prod; every head_dim, group and option in its turn."""
-    prod = [fmt for fmt in COMPRESSED_FORMATS if fmt.encoding is Encoding.PROD]
+@dataclass(frozen=True)
+class StoreVariant:
+    """What the store is specialized to."""
+
+    fmt: KVFormat
+    head_dim: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"store {_name(self.fmt)}, D {self.head_dim}, {self.dtype}"
+
+
+@dataclass(frozen=True)
+class PrefillVariant:
+    """What the kernels of prefill are specialized to."""
+
+    fmt: KVFormat
+    head_dim: int
+    kv_heads: int
+    group: int
+    dtype: torch.dtype
+    block_size: int
+    window: int | None
+    sinks: bool
+    capacity: int
+    """Tokens of the scratch; where it is small, contexts take several tiles."""
+
+    def __str__(self) -> str:
+        options = [f"window {self.window}"] * bool(self.window) + ["sinks"] * self.sinks
+        shape = f"D {self.head_dim}, {self.kv_heads} KV heads of {self.group}, {self.dtype}"
+        tiles = f"blocks of {self.block_size}, tiles of {self.capacity}"
+        return ", ".join([f"prefill {_name(self.fmt)}", shape, tiles, *options])
+
+
+Variant = DecodeVariant | StoreVariant | PrefillVariant
+
+
+def _name(fmt: KVFormat) -> str:
+    return fmt.name + "-anchor" * fmt.anchor
+
+
+def all_variants() -> list[Variant]:
+    return [*decode_variants(), *store_variants(), *prefill_variants()]
+
+
+def decode_variants() -> list[DecodeVariant]:
+    """28 on the default path: as the first benchmark has them, every uniform format, two with anchors. 16 on
+    the portable one: half of the uniform formats, two with anchors, two of prod. Every head_dim, group and
+    option in its turn."""
     anchored = [KVFormat(4, 4, anchor=True), KVFormat(5, 3, anchor=True)]
-    chosen = [(None, fmt) for fmt in (*UNIFORM, *anchored)]
-    chosen += [("portable", fmt) for fmt in (*_checkered(UNIFORM), *prod[1:7:5])]
-    turns = zip(*map(itertools.cycle, (HEAD_DIMS, KV_HEADS, GROUPS, QUERY_LENS, BLOCK_SIZES)), strict=True)
-    variants = [
-        Variant(None, fmt, 128, 8, 4, 1, 16, window=False, soft_cap=False, sinks=False)
-        for fmt in (KVFormat(4, 4), KVFormat(3, 3))
-    ]
-    for i, ((path, fmt), turn) in enumerate(zip(chosen, turns, strict=False)):
-        options = (i % 5 == 1, i % 7 == 2, i % 4 == 3)
-        variant = Variant(path, fmt, *turn, *options)
-        variants.append(replace(variant, block_size=128) if fmt.anchor else variant)
+    prod = [fmt for fmt in COMPRESSED_FORMATS if fmt.encoding is Encoding.PROD]
+    variants = [DecodeVariant(None, fmt, 128, 8, 4) for fmt in (KVFormat(4, 4), KVFormat(3, 3))]
+    for i, fmt in enumerate((*UNIFORM, *anchored)):
+        # One further for each width of keys, so that a head_dim meets values of every width.
+        head_dim = _turn(hopper.HEAD_DIMS, i + i // len(VALUE_BITS))
+        variants.append(_decode_variant(None, fmt, head_dim, i))
+    portable = (*_checkered(UNIFORM), *anchored, *prod[1:7:5])
+    for i, fmt in enumerate(portable):
+        variants.append(_decode_variant("portable", fmt, _turn(HEAD_DIMS, i), i + 3))
     return variants
 
 
-def store_variants() -> list[tuple[KVFormat, int]]:
-    """Half of all formats and two with anchors, every head_dim in its turn: 18."""
-    anchored = (KVFormat(4, 4, anchor=True), KVFormat(8, 3, anchor=True))
-    return list(zip((*_checkered(COMPRESSED_FORMATS), *anchored), itertools.cycle(HEAD_DIMS), strict=False))
+def _decode_variant(path: str | None, fmt: KVFormat, head_dim: int, i: int) -> DecodeVariant:
+    """The i-th variant of a path: what is not given takes its turn."""
+    far = i % 11 == 5
+    return DecodeVariant(
+        path,
+        fmt,
+        head_dim,
+        kv_heads=1 if far else _turn(KV_HEADS, i),
+        group=_turn(GROUPS, i),
+        query_len=_turn(QUERY_LENS, i),
+        block_size=128 if fmt.anchor or far else _turn(BLOCK_SIZES, i // 3),
+        batches=_turn(BATCHES, i),
+        windows=_turn(WINDOWS, i // 5) if i % 5 == 1 else (),
+        soft_cap=i % 7 == 2,
+        sinks=i % 4 == 3,
+        table_width=_turn(TABLE_WIDTHS, i // 2),
+        far=far,
+    )
+
+
+def store_variants() -> list[StoreVariant]:
+    """Each width of keys and of values, each head_dim, prod, and two with anchors: 9."""
+    formats = [KVFormat(bits, _turn(VALUE_BITS, i)) for i, bits in enumerate(KEY_BITS)]
+    formats.append(KVFormat(3, 4, Encoding.PROD))
+    formats += [KVFormat(4, 4, anchor=True), KVFormat(8, 3, anchor=True)]
+    return [StoreVariant(fmt, _turn(HEAD_DIMS, i), _turn(DTYPES, i)) for i, fmt in enumerate(formats)]
+
+
+def prefill_variants() -> list[PrefillVariant]:
+    """Each width of keys and of values, each head_dim, prod, anchors: 7."""
+    formats = [KVFormat(bits, _turn(VALUE_BITS, i + 1), anchor=bits == 5) for i, bits in enumerate(KEY_BITS)]
+    formats.append(KVFormat(4, 2, Encoding.PROD))
+    return [
+        PrefillVariant(
+            fmt,
+            _turn(HEAD_DIMS, i),
+            kv_heads=_turn(KV_HEADS, i),
+            group=_turn(GROUPS, i),
+            dtype=_turn(DTYPES, i),
+            block_size=128 if fmt.anchor else _turn(BLOCK_SIZES, i),
+            window=100 if i % 4 == 2 else None,
+            sinks=i % 3 == 1,
+            capacity=(256, 1024, 32768)[i % 3],
+        )
+        for i, fmt in enumerate(formats)
+    ]
+
+
+def _turn(values: Sequence[T], i: int) -> T:
+    return values[i % len(values)]
 
 
 def _checkered(formats: Sequence[KVFormat]) -> list[KVFormat]:
@@ -88,67 +201,131 @@ def _checkered(formats: Sequence[KVFormat]) -> list[KVFormat]:
     return [fmt for i, fmt in enumerate(formats) if (i + i // len(VALUE_BITS)) % 2]
 
 
-def decode_step(variant: Variant, draw: random.Random, device: torch.device, budget: int) -> DecodeStep:
+def decode_step(
+    variant: DecodeVariant,
+    draw: random.Random,
+    device: torch.device,
+    *,
+    budget: int = BUDGET,
+    num_seqs: int | None = None,
+) -> DecodeStep:
     """A case of a variant: `budget` bounds the tokens times KV heads."""
-    kv_heads = variant.kv_heads
-    lengths = _lengths(draw, budget // kv_heads, variant.query_len)
-    codec = Codec(variant.fmt, variant.head_dim)
+    if num_seqs is None:
+        num_seqs = variant.batches[draw.random() < 0.15]
+    if draw.random() < 0.85:
+        budget //= 10
+    elif variant.far and budget == BUDGET and draw.random() < 0.3:
+        budget = 1_000_000
+    lengths = _lengths(draw, budget // variant.kv_heads, num_seqs, variant.query_len)
     step = random_step(
-        codec,
+        Codec(variant.fmt, variant.head_dim),
         lengths,
-        variant.group * kv_heads,
-        kv_heads,
+        variant.group * variant.kv_heads,
+        variant.kv_heads,
         device,
         block_size=variant.block_size,
         query_len=variant.query_len,
         seed=draw.getrandbits(32),
     )
-    _poison(step, lengths, draw)
+    _poison(step, lengths)
+    if variant.far and device.type == "cuda":  # Triton's interpreter copies what it is given
+        step = _scattered(step)
+    step = replace(step, block_table=_widened(step, lengths, variant.table_width, draw))
     if draw.random() < 0.3 and not variant.sinks:  # beside a sink a low score leaves nothing to compare
         _plant_needle(step, lengths, draw)
     sinks = torch.randn(step.query.shape[1], device=device) * 3 if variant.sinks else None
     return replace(
         step,
-        window=draw.choice((1, 3, 16, 100, 1000)) if variant.window else None,
+        window=draw.choice(variant.windows) if variant.windows else None,
         soft_cap=draw.choice((2.0, 20.0)) if variant.soft_cap else None,
         sinks=sinks,
     )
 
 
-def _lengths(draw: random.Random, tokens: int, query_len: int) -> list[int]:
-    """At most `tokens` in all: one long sequence, many short ones or a few of any length; some are empty."""
-    kind = draw.random()
-    if kind < 0.04:
-        lengths = [draw.randint(tokens // 2, tokens)]
-    elif kind < 0.1:
-        count = draw.randint(65, 512)
-        lengths = [draw.randint(1, max(1, tokens // count)) for _ in range(count)]
-    else:
-        count = draw.randint(1, 12)
-        lengths = [round(math.exp(draw.uniform(0, math.log(tokens / count)))) for _ in range(count)]
+def prefill_step(
+    variant: PrefillVariant, draw: random.Random, device: torch.device, *, budget: int = BUDGET
+) -> tuple[DecodeStep, list[int]]:
+    """A case of a variant: its queries are ragged, so many of each sequence as the list says."""
+    num_seqs = draw.choice((1, 2, 3, 6))
+    lengths = _lengths(draw, budget // 10 // variant.kv_heads, num_seqs, query_len=1)
+    query_lens = [min(length, draw.choice((0, 1, 5, 64, 130, 300))) for length in lengths]
+    if not any(query_lens):
+        query_lens[lengths.index(max(lengths))] = 1
+    q_heads = variant.group * variant.kv_heads
+    step = random_step(
+        Codec(variant.fmt, variant.head_dim),
+        lengths,
+        q_heads,
+        variant.kv_heads,
+        device,
+        block_size=variant.block_size,
+        seed=draw.getrandbits(32),
+    )
+    _poison(step, lengths)
+    step = replace(
+        step,
+        query=torch.randn(sum(query_lens), q_heads, variant.head_dim, device=device).to(variant.dtype),
+        block_table=_widened(step, lengths, TABLE_WIDTHS[0], draw),
+        window=variant.window,
+        sinks=torch.randn(q_heads, device=device) if variant.sinks else None,
+    )
+    return step, query_lens
+
+
+def _lengths(draw: random.Random, tokens: int, num_seqs: int, query_len: int) -> list[int]:
+    """About `tokens` in all at most: sequences of any length, or one that is far longer; some are empty."""
+    most = max(tokens // num_seqs, 1)
+    lengths = [round(math.exp(draw.uniform(0, math.log(most)))) for _ in range(num_seqs)]
+    if draw.random() < 0.2:
+        lengths[draw.randrange(num_seqs)] = draw.randint(tokens // 2, tokens)
     lengths = [0 if draw.random() < 0.08 else max(length, query_len) for length in lengths]
     return lengths if any(lengths) else [query_len, *lengths[1:]]
 
 
-def _poison(step: DecodeStep, lengths: list[int], draw: random.Random) -> None:
-    """NaN scales in unused slots; anything in unused entries of the block table."""
+def _poison(step: DecodeStep, lengths: Sequence[int]) -> None:
+    """NaN scales in unused slots."""
     block_size = step.kv_cache.shape[1]
-    pages = pages_of(step.kv_cache, step.codec.layout)
-    scales = step.codec.layout.scales.of(pages)
-    used = torch.tensor([-(-length // block_size) for length in lengths])
-    unused = torch.arange(step.block_table.shape[1]) >= used[:, None]
-    anything = torch.tensor(draw.choices((-1, 0, 2**31 - 1, -(2**31)), k=len(lengths)), dtype=torch.int32)
+    scales = step.codec.layout.scales.of(pages_of(step.kv_cache, step.codec.layout))
+    filled = torch.full((len(step.kv_cache),), block_size)
     table = step.block_table.cpu()
-    step.block_table.copy_(torch.where(unused, anything[:, None], table))
     for sequence, length in enumerate(lengths):
         if length % block_size:
-            last = int(table[sequence, used[sequence] - 1])
-            page, token = divmod(length % block_size, PAGE_TOKENS)
-            scales[last, page, :, token:] = 0xFF
-            scales[last, page + 1 :] = 0xFF
+            filled[table[sequence, length // block_size]] = length % block_size
+    pages = torch.arange(scales.shape[1])[:, None] * PAGE_TOKENS
+    unused = pages + torch.arange(PAGE_TOKENS) >= filled[:, None, None]
+    scales.masked_fill_(unused[:, :, None, :, None].to(scales.device), 0xFF)
 
 
-def _plant_needle(step: DecodeStep, lengths: list[int], draw: random.Random) -> None:
+def _scattered(step: DecodeStep) -> DecodeStep:
+    """The same blocks at random places of a cache of `FAR_BYTES`."""
+    cache = step.kv_cache
+    _, block_size, kv_heads, _ = cache.shape
+    far = empty_cache(step.codec, FAR_BYTES // cache.stride(0), block_size, kv_heads, cache.device)
+    places = torch.randint(len(far) // len(cache), (len(cache),), device=cache.device)
+    places += torch.arange(len(cache), device=cache.device) * (len(far) // len(cache))
+    memory_of(far)[places] = memory_of(cache)
+    table = places.int()[step.block_table.long()]
+    return replace(step, kv_cache=far, block_table=table)
+
+
+def _widened(step: DecodeStep, lengths: Sequence[int], width: int, draw: random.Random) -> torch.Tensor:
+    """The block table as an engine has it, of a fixed width; anything stands in its unused entries."""
+    table = step.block_table
+    used = torch.tensor([-(-length // step.kv_cache.shape[1]) for length in lengths])
+    anything = torch.tensor(draw.choices((-1, 0, 2**31 - 1, -(2**31)), k=len(lengths)), dtype=torch.int32)
+    wide = anything[:, None].expand(-1, width).contiguous().to(table.device)
+    unused = torch.arange(table.shape[1]) >= used[:, None]
+    wide[:, : table.shape[1]] = torch.where(unused.to(table.device), wide[:, : table.shape[1]], table)
+    return wide
+
+
+def memory_of(kv_cache: torch.Tensor) -> torch.Tensor:
+    """All bytes of a cache from `empty_cache`, anchors included: uint8 [num_blocks, bytes]."""
+    stride = kv_cache.stride(0)
+    return kv_cache.as_strided((len(kv_cache), stride), (stride, 1))
+
+
+def _plant_needle(step: DecodeStep, lengths: Sequence[int], draw: random.Random) -> None:
     """Makes one token's score 12 to 22 in size for one query head, far from all others, by its key scale.
 
     Of a random page of one KV head it is the token with the largest score.

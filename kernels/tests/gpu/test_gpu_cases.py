@@ -5,44 +5,76 @@ import random
 
 import pytest
 import torch
-from cases import GROUPS, UNIFORM, decode_step, decode_variants, store_variants
+from cases import (
+    DTYPES,
+    GROUPS,
+    UNIFORM,
+    WINDOWS,
+    all_variants,
+    decode_step,
+    decode_variants,
+    prefill_step,
+    prefill_variants,
+    store_variants,
+)
+from sanitize import SHARES, swept
 
 from turboquant_kernels.bench import oracle
+from turboquant_kernels.decode import hopper
 from turboquant_kernels.formats import HEAD_DIMS, KEY_BITS, VALUE_BITS, Encoding
 from turboquant_kernels.packing import KEY_SCALE, pages_of
 
 CPU = torch.device("cpu")
 
 
-def test_at_most_60_variants_cover_every_uniform_format_head_dim_group_and_option():
-    decode, store = decode_variants(), store_variants()
-    assert len(decode) + len(store) <= 60
-    default = {variant.fmt for variant in decode if variant.path is None}
-    assert default >= set(UNIFORM)
-    assert {variant.fmt.encoding for variant in decode if variant.path == "portable"} == {
-        Encoding.MSE,
-        Encoding.PROD,
-    }
-    for path in (None, "portable"):
-        own = [variant for variant in decode if variant.path == path]
-        assert {variant.head_dim for variant in own} == set(HEAD_DIMS)
-        assert {variant.fmt.key_bits for variant in own} == set(KEY_BITS)
-        assert {variant.fmt.value_bits for variant in own} == set(VALUE_BITS)
-        for option in ("window", "soft_cap", "sinks"):
-            assert {getattr(variant, option) for variant in own} == {True, False}
-    assert {variant.group for variant in decode} == set(GROUPS)
-    for head_dim in HEAD_DIMS:
-        assert {variant.query_len for variant in decode if variant.head_dim == head_dim} > {1}
-    assert {fmt.key_bits for fmt, _ in store} == set(KEY_BITS)
-    assert {fmt.value_bits for fmt, _ in store} == set(VALUE_BITS)
-    assert {head_dim for _, head_dim in store} == set(HEAD_DIMS)
+def test_at_most_60_variants_each_with_a_name_of_its_own():
+    names = [str(variant) for variant in all_variants()]
+    assert len(names) == len(set(names)) <= 60
+
+
+@pytest.mark.parametrize("path", [None, "portable"])
+def test_decode_variants_cover_every_width_head_dim_and_option_on_both_paths(path):
+    own = [variant for variant in decode_variants() if variant.path == path]
+    assert {variant.head_dim for variant in own} >= set(HEAD_DIMS if path else hopper.HEAD_DIMS)
+    assert {variant.fmt.key_bits for variant in own} == set(KEY_BITS)
+    assert {variant.fmt.value_bits for variant in own} == set(VALUE_BITS)
+    for option in ("soft_cap", "sinks", "far"):
+        assert {getattr(variant, option) for variant in own} == {True, False}
+    assert {variant.windows for variant in own} >= {(), WINDOWS[1], WINDOWS[2]}
+    assert {variant.fmt.anchor for variant in own} == {True, False}
+    assert {variant.query_len for variant in own} == {1, 2, 4}
+    assert {variant.block_size for variant in own} == {16, 32, 64, 128}
+    assert len({variant.table_width for variant in own}) == 2
+    assert max(max(variant.batches) for variant in own) == 512
+
+
+def test_decode_variants_cover_every_uniform_format_prod_and_every_group():
+    variants = decode_variants()
+    assert {variant.fmt for variant in variants if variant.path is None} >= set(UNIFORM)
+    assert {variant.fmt.encoding for variant in variants if variant.path} == {Encoding.MSE, Encoding.PROD}
+    assert {variant.group for variant in variants} == set(GROUPS)
+
+
+@pytest.mark.parametrize("variants", [store_variants(), prefill_variants()])
+def test_store_and_prefill_variants_cover_every_width_head_dim_and_dtype(variants):
+    assert {variant.fmt.key_bits for variant in variants} == set(KEY_BITS)
+    assert {variant.fmt.value_bits for variant in variants} == set(VALUE_BITS)
+    assert {variant.head_dim for variant in variants} == set(HEAD_DIMS)
+    assert {variant.dtype for variant in variants} == set(DTYPES)
+    assert {variant.fmt.encoding for variant in variants} == {Encoding.MSE, Encoding.PROD}
+    assert {variant.fmt.anchor for variant in variants} == {True, False}
+
+
+def test_sweeps_of_the_sanitizer_have_kernels_of_every_kind():
+    kinds = {(type(variant), getattr(variant, "path", None)) for share in SHARES for variant in swept(share)}
+    assert kinds == {(type(variant), getattr(variant, "path", None)) for variant in all_variants()}
 
 
 @pytest.fixture(scope="module")
 def steps():
     draw = random.Random(0)
-    plain = [variant for variant in decode_variants() if not (variant.fmt.anchor or variant.sinks)]
-    return [decode_step(plain[i % 4], draw, CPU, budget=1500) for i in range(60)]
+    plain = [v for v in decode_variants() if not (v.fmt.anchor or v.sinks) and max(v.batches) < 256]
+    return [decode_step(plain[i % 4], draw, CPU, budget=3000) for i in range(60)]
 
 
 def test_lengths_are_ragged_and_some_are_empty(steps):
@@ -63,21 +95,34 @@ def test_slots_past_the_end_hold_nan_and_the_tables_entries_anything(steps):
             assert in_order[:length].isfinite().all()
             assert in_order[length:].isnan().all()
             past = step.block_table[sequence, used:]
-            assert past.unique().numel() <= 1
+            assert past.unique().numel() == 1
 
 
 def test_some_steps_have_a_needle(steps):
-    def largest_weight(step):
-        sequence = int(step.seq_lens.argmax())
-        blocks = step.block_table[sequence, : -(-int(step.seq_lens[sequence]) // step.kv_cache.shape[1])]
-        key, _ = oracle.decompress(
-            step.codec, pages_of(step.kv_cache, step.codec.layout)[blocks.long()].flatten(0, 1)
-        )
+    def largest_score(step, sequence, length):
+        """Of the first query and head."""
+        blocks = step.block_table[sequence, : -(-length // step.kv_cache.shape[1])].long()
+        pages = pages_of(step.kv_cache, step.codec.layout)[blocks].flatten(0, 1)
+        key, _ = oracle.decompress(step.codec, pages)
         query = step.query[sequence * step.query_len].double() @ oracle.rotation(step.codec, CPU).T
-        scores = query[0] @ key[0, : int(step.seq_lens[sequence])].T * step.scale
-        return float(scores.abs().max())
+        return float((query[0] @ key[0, :length].T * step.scale).abs().max())
 
-    largest = [largest_weight(step) for step in steps if int(step.seq_lens.max()) > 20]
-    assert any(weight > 11.9 for weight in largest)
-    assert sum(weight < 11.9 for weight in largest) > len(largest) / 2
-    assert all(math.isfinite(weight) for weight in largest)
+    largest = [
+        max(largest_score(step, i, length) for i, length in enumerate(step.seq_lens.tolist()) if length)
+        for step in steps
+        if len(step.seq_lens) < 20
+    ]
+    assert any(score > 11.9 for score in largest)
+    assert sum(score < 11.9 for score in largest) > len(largest) / 2
+    assert all(math.isfinite(score) for score in largest)
+
+
+def test_chunks_of_prefill_are_ragged_and_some_contexts_take_several_tiles():
+    draw, several = random.Random(0), 0
+    for variant in prefill_variants() * 4:
+        step, query_lens = prefill_step(variant, draw, CPU, budget=30_000)
+        lengths = step.seq_lens.tolist()
+        assert sum(query_lens) == len(step.query) > 0
+        assert all(queries <= length for queries, length in zip(query_lens, lengths, strict=True))
+        several += sum(lengths) > variant.capacity
+    assert several > 3

@@ -3,12 +3,10 @@
 
 import json
 import warnings
-from pathlib import Path
 
 import pytest
 import sources
-
-RESULT = Path(__file__).parent / "result.json"
+from record import RESULT, problems
 
 
 def test_the_kernels_ran_on_a_gpu_as_they_are():
@@ -16,9 +14,7 @@ def test_the_kernels_ran_on_a_gpu_as_they_are():
     if not RESULT.exists():
         pytest.skip("no GPU run is recorded: make test-gpu")
     result = json.loads(RESULT.read_text())
-    assert not result["fuzz"]["failures"]
-    assert result["graphs"]["passed"] == result["graphs"]["captured"]
-    assert "failed" not in (result["memcheck"], result["racecheck"])
+    assert not problems(result)
     if result["sources"] != sources.digest():
         warnings.warn(
             f"the kernels have changed since they ran on {result['gpu']}, {result['date']}: make test-gpu",
@@ -39,3 +35,22 @@ def test_a_kernels_source_changes_the_digest_and_others_do_not(tmp_path, monkeyp
         (tmp_path / name).write_text("after")
         assert sources.digest() != before
         (tmp_path / name).write_text("before")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"fuzz": {"failures": ["seed 1 case 2: decode: AssertionError"]}},
+        {"graphs": {"captured": 2, "passed": 1}},
+        {"racecheck": {"default": "clean: 6 of 6 variants", "others": "failed: 3 hazards"}},
+    ],
+)
+def test_faults_in_a_record_are_told(fault):
+    good = {
+        "fuzz": {"failures": []},
+        "graphs": {"captured": 2, "passed": 2},
+        "memcheck": {"default": "clean: 6 of 6 variants"},
+        "racecheck": {"default": "skipped: stopped without a report, after 2 of 6 variants"},
+    }
+    assert problems(good) == []
+    assert len(problems(good | fault)) == 1

@@ -196,7 +196,7 @@ def variants() -> Iterator[AotVariant]:
             )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["log_sum_stride"])  # the number of queries, which is another in each step
 def _merge_tile(
     part,  # float [n, q_heads, D], the last two contiguous
     log_sum,  # float32 [q_heads, n]
