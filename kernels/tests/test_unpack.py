@@ -8,7 +8,7 @@ import torch
 from turboquant_kernels.codebook import codebook
 from turboquant_kernels.codec import Codec
 from turboquant_kernels.formats import HEAD_DIMS, KVFormat
-from turboquant_kernels.unpack import levels_ptx
+from turboquant_kernels.unpack_ptx import levels_ptx
 
 MASK = (1 << 32) - 1
 

@@ -16,9 +16,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from turboquant_kernels.aot import AotVariant
+from turboquant_kernels.decode.logits import LOG2_E, NOTHING, SOMETHING
 from turboquant_kernels.formats import HEAD_DIMS
-
-_LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 def merge(
@@ -113,22 +112,22 @@ def _merge_kernel(
     if OVERLAP:
         gdc_wait()  # for the kernel that writes partial and stats
     if sinks is None:
-        maximum = -1e30
+        maximum = NOTHING
         total = 0.0
     else:
-        maximum = tl.load(sinks + q_head).to(tl.float32) * _LOG2_E
+        maximum = tl.load(sinks + q_head).to(tl.float32) * LOG2_E
         total = 1.0
     result = tl.zeros([WIDTH], tl.float32)
     for start in range(0, count, SPLITS):
         used = start + s < count
         item = (first + start + s).to(tl.int64)
         at = ((item * KV_HEADS + head) * ROW_GROUPS + row // ROWS) * ROWS + row % ROWS
-        m = tl.load(stats + 2 * at, mask=used, other=-1e30)
+        m = tl.load(stats + 2 * at, mask=used, other=NOTHING)
         part = tl.load(stats + 2 * at + 1, mask=used, other=0.0)
         a = tl.load(partial + at[:, None] * D + d[None, :], mask=used[:, None] & (d < D)[None, :], other=0.0)
         new_maximum = tl.maximum(maximum, tl.max(m, axis=0))
         decay = tl.exp2(maximum - new_maximum)
-        share = tl.where(m > -1e29, tl.exp2(m - new_maximum), 0.0)
+        share = tl.where(m > SOMETHING, tl.exp2(m - new_maximum), 0.0)
         total = total * decay + tl.sum(share * part, axis=0)
         result = result * decay + tl.sum(share[:, None] * a, axis=0)
         maximum = new_maximum

@@ -27,20 +27,19 @@ from turboquant_kernels.formats import (
     COMPRESSED_FORMATS,
     HEAD_DIMS,
     PAGE_TOKENS,
-    SCALE_BYTES,
     Encoding,
     KVFormat,
 )
-from turboquant_kernels.packing import anchors_of, key_order, page_layout, pages_of
+from turboquant_kernels.packing import anchors_of, pages_of
 from turboquant_kernels.prefill.tiles import RUN_TOKENS
 from turboquant_kernels.rotation import projection_matrix, rotation_matrix
 from turboquant_kernels.unpack import (
     level_table,
-    levels_ptx,
     load_bits,
     load_keys,
     load_values,
     natural,
+    page_constants,
     token_of,
 )
 
@@ -103,25 +102,7 @@ def _projection(head_dim: int, seed: int, device: torch.device) -> torch.Tensor:
 @cache
 def _constants(fmt: KVFormat, head_dim: int, kv_heads: int, block_size: int) -> dict[str, Any]:
     """What the kernel is specialized to."""
-    layout = page_layout(fmt, head_dim)
-    interpreted = triton.knobs.runtime.interpret
-    return {
-        "HEAD_DIM": head_dim,
-        "WIDTH": triton.next_power_of_2(head_dim),
-        "KV_HEADS": kv_heads,
-        "BLOCK_PAGES": block_size // PAGE_TOKENS,
-        "PAGE_TOKENS": PAGE_TOKENS,
-        "ANCHOR_TOKENS": ANCHOR_TOKENS,
-        "PAGE_BYTES": layout.page_bytes,
-        "KEY_BITS": fmt.key_code_bits,
-        "VALUE_BITS": fmt.value_bits,
-        "VALUE_OFFSET": layout.value_planes[0].offset,
-        "SIGNS_OFFSET": layout.key_residual_signs.offset if layout.key_residual_signs else 0,
-        "SCALES_OFFSET": layout.scales.offset,
-        "SCALES": layout.scales.token_bytes // SCALE_BYTES,
-        "KEY_READ": key_order(fmt, head_dim).read_bytes,
-        "KEY_PTX": "" if interpreted else levels_ptx(fmt.key_code_bits, head_dim, bf16=False),
-        "VALUE_PTX": "" if interpreted else levels_ptx(fmt.value_bits, head_dim, bf16=True),
+    return page_constants(fmt, head_dim, kv_heads, block_size) | {
         "RESIDUAL": math.sqrt(math.pi / 2) / head_dim**1.5,
         "TOKENS": RUN_TOKENS,
         "TERMS": 32,
@@ -140,8 +121,8 @@ def variants() -> Iterator[AotVariant]:
         "values": "*bf16",
         "key_factor": "fp32",
         "value_factor": "fp32",
-        "block_stride": "i64",
-        "anchor_stride": "i64",
+        "block_stride": "i32",
+        "anchor_stride": "i32",
         "table_stride": "i32",
     }
     for fmt in (*COMPRESSED_FORMATS, KVFormat(5, 3, anchor=True)):

@@ -17,294 +17,18 @@ All buffers follow from shapes, lengths are read on the device, and every sum ha
 repeat bit by bit and the launch can be captured in a CUDA graph.
 """
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 
-from turboquant_kernels.aot import AotVariant
-from turboquant_kernels.codebook import codebook
-from turboquant_kernels.codec import Codec
-from turboquant_kernels.formats import (
-    ANCHOR_TOKENS,
-    COMPRESSED_FORMATS,
-    HEAD_DIMS,
-    PAGE_TOKENS,
-    SCALE_BYTES,
-    TIERS,
-    Encoding,
-    KVFormat,
-)
-from turboquant_kernels.packing import anchors_of, key_order, page_layout, pages_of
-from turboquant_kernels.queries.reference import MAX_QUERY, QuantizedQueries
-from turboquant_kernels.rotation import projection_matrix, rotation_matrix
-from turboquant_kernels.unpack import (
-    coordinate,
-    level_table,
-    levels_ptx,
-    load_bits,
-    load_keys,
-    load_values,
-    token_of,
-)
-
-MAX_ROWS = 16
-"""Rows of a program; more (many query tokens) are divided among programs, which each read the tokens."""
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How the kernel is launched for one format, head dimension and number of rows."""
-
-    rows: int
-    """Query heads times query tokens that a program holds, a power of two."""
-    tile_tokens: int
-    """Tokens that a program reads at a time."""
-    num_warps: int
-    num_stages: int
-    programs_per_sm: int
-    """Programs that fit on a multiprocessor, for the number of splits."""
-    max_registers: int
-    """Registers of a thread at most, so that they do fit."""
-
-    def row_groups(self, rows: int) -> int:
-        """Programs that share the rows of one KV head."""
-        return triton.cdiv(rows, self.rows)
-
-
-def launch_of(head_dim: int, rows: int) -> Launch:
-    """The launch for `rows` rows (query heads of a KV head times query tokens).
-
-    One warp for 128 coordinates: it waits for no other, and 16 of them hide the latency of memory (H200,
-    8 x 32,768 tokens, D = 128, 4 query heads a KV head). Programs are what the registers hold.
-    """
-    held = min(max(triton.next_power_of_2(rows), 4), MAX_ROWS)
-    num_warps = 1 if head_dim <= 128 else 2
-    warps_per_sm, max_registers = {4: (16, 128), 8: (12, 168), 16: (8, 255)}[held]
-    return Launch(
-        rows=held,
-        tile_tokens=32,
-        num_warps=num_warps,
-        num_stages=2,
-        programs_per_sm=warps_per_sm // num_warps,
-        max_registers=max_registers,
-    )
-
-
-def attend_items(
-    codec: Codec,
-    launch: Launch,
-    queries: QuantizedQueries,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    items: torch.Tensor,
-    partial: torch.Tensor,
-    stats: torch.Tensor,
-    *,
-    query_len: int,
-    window: int | None = None,
-    soft_cap: float | None = None,
-) -> None:
-    """Fills the partial results of the items of a schedule.
-
-    queries: [num_seqs * query_len, q_heads, ...]. kv_cache, block_table, seq_lens: as
-    `decode.reference.paged_attention` takes them, the last two int32. items: `Schedule.items`, in units of
-    whole tiles of `launch`. partial: float32 [items, kv_heads, row_groups, rows, D], sums of values in
-    `value_unit` relative to 2**maximum; stats: float32 [items, kv_heads, row_groups, rows, 2], the largest
-    logit (base 2) and the sum of weights. Entries of items without work stay as they are.
-
-    Raises ValueError where the cache's shape is not that of the codec's format.
-    """
-    _, block_size, kv_heads, _ = kv_cache.shape
-    fmt, head_dim, device = codec.fmt, codec.head_dim, kv_cache.device
-    pages_of(kv_cache, codec.layout)
-    group = queries.codes.shape[1] // kv_heads
-    projected = _project(codec, queries) if fmt.encoding is Encoding.PROD else (None, None)
-    anchors = anchors_of(kv_cache, fmt, head_dim) if fmt.anchor else None
-    grid = (len(items), kv_heads, launch.row_groups(group * query_len))
-    _attend_items[grid](
-        items,
-        queries.codes,
-        queries.scale,
-        queries.half_sum,
-        *projected,
-        _unrotated(codec, queries) if fmt.anchor else None,
-        anchors,
-        kv_cache,
-        block_table,
-        seq_lens,
-        level_table(fmt.key_code_bits, head_dim, device),
-        level_table(fmt.value_bits, head_dim, device),
-        partial,
-        stats,
-        kv_cache.stride(0),
-        anchors.stride(0) if anchors is not None else 0,
-        block_table.stride(0),
-        query_len,
-        window or 0,
-        soft_cap * math.log2(math.e) if soft_cap else None,
-        **_constants(fmt, head_dim, launch, kv_heads, group, block_size),
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-        maxnreg=launch.max_registers,
-    )
-
-
-def value_unit(codec: Codec) -> float:
-    """What the sums of this kernel count in: a step of the value codebook."""
-    return codebook(codec.fmt.value_bits, codec.head_dim).step
-
-
-@cache
-def _constants(
-    fmt: KVFormat, head_dim: int, launch: Launch, kv_heads: int, group: int, block_size: int
-) -> dict[str, Any]:
-    """What the kernel is specialized to."""
-    layout = page_layout(fmt, head_dim)
-    interpreted = triton.knobs.runtime.interpret
-    return {
-        "HEAD_DIM": head_dim,
-        "WIDTH": triton.next_power_of_2(head_dim),
-        "KV_HEADS": kv_heads,
-        "GROUP": group,
-        "BLOCK_PAGES": block_size // PAGE_TOKENS,
-        "PAGE_TOKENS": PAGE_TOKENS,
-        "ANCHOR_TOKENS": ANCHOR_TOKENS,
-        "PAGE_BYTES": layout.page_bytes,
-        "KEY_BITS": fmt.key_code_bits,
-        "VALUE_BITS": fmt.value_bits,
-        "VALUE_OFFSET": layout.value_planes[0].offset,
-        "SIGNS_OFFSET": layout.key_residual_signs.offset if layout.key_residual_signs else 0,
-        "SCALES_OFFSET": layout.scales.offset,
-        "SCALES": layout.scales.token_bytes // SCALE_BYTES,
-        "KEY_READ": key_order(fmt, head_dim).read_bytes,
-        "KEY_PTX": "" if interpreted else levels_ptx(fmt.key_code_bits, head_dim, bf16=False),
-        "VALUE_PTX": "" if interpreted else levels_ptx(fmt.value_bits, head_dim, bf16=True),
-        "ROWS": launch.rows,
-        "TILE": launch.tile_tokens,
-        # The interpreter's matrix product of bf16 is wrong.
-        "WEIGHT": tl.float32 if interpreted else tl.bfloat16,
-    }
-
-
-def variants() -> Iterator[AotVariant]:
-    """Every format and head dimension for 4 rows; more rows, and what calls may ask for, for some of them."""
-    for fmt in COMPRESSED_FORMATS:
-        for head_dim in HEAD_DIMS:
-            yield _variant(fmt, head_dim, group=4)
-    for fmt in TIERS.values():
-        for group in (8, 16):
-            for head_dim in (128, 256):
-                yield _variant(fmt, head_dim, group)
-        yield _variant(fmt, 128, group=4, query_len=4)
-        yield _variant(fmt, 128, group=4, soft_cap=True)
-        yield _variant(replace(fmt, anchor=True), 128, group=4, block_size=ANCHOR_TOKENS)
-
-
-def _variant(
-    fmt: KVFormat,
-    head_dim: int,
-    group: int,
-    *,
-    query_len: int = 1,
-    soft_cap: bool = False,
-    block_size: int = PAGE_TOKENS,
-) -> AotVariant:
-    launch = launch_of(head_dim, group * query_len)
-    signature = {
-        "items": "*i32",
-        "query_codes": "*i8",
-        "query_scale": "*fp32",
-        "query_half_sum": "*fp32",
-        "cache": "*u8",
-        "block_table": "*i32",
-        "seq_lens": "*i32",
-        "key_levels": "*i8",
-        "value_levels": "*i8",
-        "partial": "*fp32",
-        "stats": "*fp32",
-        "block_stride": "i64",
-        "anchor_stride": "i64",
-        "table_stride": "i32",
-        "window": "i32",
-    }
-    optional = {
-        "projected_codes": "*i8" if fmt.encoding is Encoding.PROD else None,
-        "projected_scale": "*fp32" if fmt.encoding is Encoding.PROD else None,
-        "anchor_queries": "*fp32" if fmt.anchor else None,
-        "anchors": "*bf16" if fmt.anchor else None,
-        "query_len": "i32" if query_len > 1 else None,
-        "soft_cap": "fp32" if soft_cap else None,
-    }
-    constexprs = _constants(fmt, head_dim, launch, 8, group, block_size)
-    absent: dict[str, Any] = {name: None for name, kind in optional.items() if kind is None}
-    if query_len == 1:
-        absent["query_len"] = 1
-    options = "-anchor" * fmt.anchor + "-cap" * soft_cap
-    return AotVariant(
-        name=f"decode-portable-{fmt.name.removeprefix('tq-')}-d{head_dim}-g{group}-q{query_len}{options}",
-        kernel=_attend_items,
-        signature=signature | {name: kind for name, kind in optional.items() if kind is not None},
-        constexprs=constexprs | absent,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-        options={"maxnreg": launch.max_registers},
-        divisible=("block_stride",),
-    )
-
-
-@cache
-def _projection(head_dim: int, seed: int, device: torch.device) -> torch.Tensor:
-    return projection_matrix(head_dim, seed).to(device)
-
-
-def _whole(codec: Codec, queries: QuantizedQueries) -> torch.Tensor:
-    """The rotated queries, in units of a logit in base 2 to a key: float32 [tokens, q_heads, D]."""
-    high, low = queries.codes.float().unbind(-2)
-    key_step = codebook(codec.fmt.key_code_bits, codec.head_dim).step
-    return (256 * high + low) * (queries.scale / key_step)[..., None]
-
-
-def _project(codec: Codec, queries: QuantizedQueries) -> tuple[torch.Tensor, torch.Tensor]:
-    """PROD: S q, as int8 halves [tokens, q_heads, 2, D] and their unit, float32 [tokens, q_heads].
-
-    A key's residual is norm * sqrt(pi / 2) / D * S.T signs (paper, algorithm 2), so its part of the logit is
-    the sum of the signs times S q, times norm and that unit.
-    """
-    projected = _whole(codec, queries) @ _projection(codec.head_dim, codec.seed, queries.codes.device).T
-    unit = (projected.abs().amax(-1) / MAX_QUERY).clamp_min(torch.finfo(torch.float32).tiny)
-    rounded = (projected / unit[..., None]).round()
-    high = ((rounded + 128) / 256).floor()
-    codes = torch.stack((high, rounded - 256 * high), dim=-2).to(torch.int8)
-    return codes, unit * (math.sqrt(math.pi / 2) / codec.head_dim)
-
-
-def _unrotated(codec: Codec, queries: QuantizedQueries) -> torch.Tensor:
-    """The queries as anchors are stored, not rotated, in units of `_whole`: float32 [tokens, q_heads, D]."""
-    return _whole(codec, queries) @ _rotation(codec.head_dim, codec.seed, queries.codes.device)
-
-
-@cache
-def _rotation(head_dim: int, seed: int, device: torch.device) -> torch.Tensor:
-    return rotation_matrix(head_dim, seed).to(device)
-
-
-_LOG2E = tl.constexpr(1.4426950408889634)
-_NOTHING = tl.constexpr(-1e30)
-"""Maximum of a row that has seen no token; finite, so that differences of two are never NaN."""
+from turboquant_kernels.decode.logits import LOG2_E, NOTHING
+from turboquant_kernels.unpack import coordinate, load_bits, load_keys, load_values, token_of
 
 
 @triton.jit
 def _soft_cap(logit, cap):
     """cap * tanh(logit / cap), all in base 2."""
     # exp2 overflows to infinity, where the fraction is 0 and tanh 1.
-    return cap * (1 - 2 / (tl.exp2(logit * (2 * _LOG2E / cap)) + 1))
+    return cap * (1 - 2 / (tl.exp2(logit * (2 * LOG2_E / cap)) + 1))
 
 
 @triton.jit
@@ -323,7 +47,7 @@ def _page_offset(index, table, block_stride, BLOCK_PAGES: tl.constexpr, STRIDE: 
 
 
 @triton.jit
-def _attend_items(
+def attend_items_kernel(
     items,  # int32 [max_items, 4]: `schedule.Schedule.items`
     query_codes,  # int8 [tokens, q_heads, 2, D]
     query_scale,  # float32 [tokens, q_heads]
@@ -403,7 +127,7 @@ def _attend_items(
         )
         norm_scale = tl.load(projected_scale + query_row, mask=used, other=0.0)
 
-    maximum = tl.full([ROWS], _NOTHING, tl.float32)
+    maximum = tl.full([ROWS], NOTHING, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     result = tl.zeros([WIDTH, ROWS], tl.float32)
     last_page = (seq_len - 1) // PAGE_TOKENS
