@@ -50,7 +50,7 @@ CASES = {
     "offloading": (
         {},
         ["--kv-cache-dtype", "tq-k4v4", "--kv-offloading-size", "1"],
-        "KV offloading are not supported yet",
+        "the KV connector OffloadingConnector is not supported on cpu: leave it out",
     ),
 }
 """Case: (entries of the model's config, arguments, part of the line)."""

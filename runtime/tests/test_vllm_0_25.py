@@ -198,7 +198,7 @@ def engine_config(cache_dtype: str, additional_config: dict | None = None) -> Si
         speculative_config=None,
         additional_config=additional_config or {},
         cache_config=SimpleNamespace(block_size=128, cache_dtype=cache_dtype, skip_page_size_padded=None),
-        model_config=SimpleNamespace(get_total_num_hidden_layers=lambda: 2, use_mla=False),
+        model_config=SimpleNamespace(get_total_num_hidden_layers=lambda: 2, use_mla=False, is_hybrid=False),
     )
 
 
@@ -244,7 +244,9 @@ def test_the_baseline_undoes_every_format(adapter, cache_spec) -> None:
         config = engine_config(fmt.name)
         config.model_config.dtype = torch.bfloat16
         for head_dim in HEAD_DIMS:
-            spec = adapter._uncompressed(cache_spec(fmt.name, head_dim), "layers.1", config)
+            spec = adapter._uncompressed(
+                cache_spec(fmt.name, head_dim), "layers.1", config, adapter._uncompressed_config(config)
+            )
             assert (spec.head_size, spec.dtype) == (head_dim, torch.bfloat16)
 
 

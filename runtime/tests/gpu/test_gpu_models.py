@@ -57,6 +57,21 @@ def assert_next_to_each_other(compressed, plain, prompts, **arguments) -> None:
     assert sorted(differences)[len(differences) * 99 // 100] <= FAR
 
 
+@pytest.mark.parametrize("shape", ["linear attention", "Mamba"])
+def test_the_reported_baseline_of_a_hybrid_is_what_a_bf16_engine_has(
+    start_on_gpu, dummy_model, shape
+) -> None:
+    """In bf16 a block has fewer tokens, so that it is as large as a state."""
+    from turboquant_runtime.adapters.vllm_0_25 import measure_capacity
+
+    name, overrides = SHAPES[shape]
+    model = dummy_model(name, weights=0, **overrides)
+    compressed, plain = start_on_gpu(model, "tq-k8v8"), start_on_gpu(model, "auto")
+    capacity = measure_capacity(compressed.config, [compressed.runner.get_kv_cache_spec()], [64 << 20])
+    assert capacity.baseline_tokens == plain.capacity_tokens
+    assert compressed.capacity_tokens > plain.capacity_tokens
+
+
 def test_fewer_bits_are_further_away(start_on_gpu, dummy_model, tokens) -> None:
     """The comparison above can fail: at two bits it does."""
     model = dummy_model("LLAMA", weights=0)

@@ -28,6 +28,7 @@ import msgspec
 import pydantic.dataclasses
 import torch
 import vllm.config.cache
+import vllm.envs
 import vllm.utils.torch_utils
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
@@ -164,7 +165,7 @@ def _keep_plain(plan: KVPlan, skip_layers: list[str]) -> None:
 
 def _facts(vllm_config: VllmConfig) -> EngineFacts:
     model, multimodal = vllm_config.model_config, vllm_config.model_config.multimodal_config
-    transfer, speculative = vllm_config.kv_transfer_config, vllm_config.speculative_config
+    speculative = vllm_config.speculative_config
     draft = speculative.draft_model_config if speculative else None
     return EngineFacts(
         device="rocm" if current_platform.is_rocm() else current_platform.device_type,
@@ -181,8 +182,19 @@ def _facts(vllm_config: VllmConfig) -> EngineFacts:
         bidirectional_images=model.is_mm_prefix_lm
         and multimodal is not None
         and multimodal.get_limit_per_prompt("image") > 0,
-        kv_connector=transfer.kv_connector if transfer else None,
+        kv_connector=_kv_connector(vllm_config),
     )
+
+
+def _kv_connector(vllm_config: VllmConfig) -> str | None:
+    """The connector that is asked for by name, or that vLLM will make of `--kv-offloading-size`."""
+    if vllm_config.kv_transfer_config is not None and vllm_config.kv_transfer_config.kv_connector:
+        return vllm_config.kv_transfer_config.kv_connector
+    if vllm_config.cache_config.kv_offloading_size is None:
+        return None
+    if vllm_config.cache_config.kv_offloading_backend != "native":
+        return vllm_config.cache_config.kv_offloading_backend
+    return "SimpleCPUOffloadConnector" if vllm.envs.VLLM_USE_SIMPLE_KV_OFFLOAD else "OffloadingConnector"
 
 
 def _compute_capability() -> tuple[int, int] | None:
@@ -390,14 +402,13 @@ def measure_capacity(
     """
     from vllm.v1.core import kv_cache_utils
 
-    # A fixed number of blocks would be a fixed number of tokens, whatever a token takes.
-    baseline_config = copy.copy(vllm_config)
-    baseline_config.cache_config = copy.copy(vllm_config.cache_config)
-    baseline_config.cache_config.num_gpu_blocks_override = None
-
+    baseline_config = _uncompressed_config(vllm_config)
     tokens = []
     for worker_specs, worker_memory in zip(specs, memory, strict=True):
-        plain = {name: _uncompressed(spec, name, vllm_config) for name, spec in worker_specs.items()}
+        plain = {
+            name: _uncompressed(spec, name, vllm_config, baseline_config)
+            for name, spec in worker_specs.items()
+        }
         groups = kv_cache_utils.get_kv_cache_groups(baseline_config, plain)
         layout = kv_cache_utils.get_kv_cache_config_from_groups(baseline_config, groups, worker_memory)
         tokens.append(kv_cache_utils.get_kv_cache_capacity(baseline_config, layout)[0])
@@ -407,10 +418,47 @@ def measure_capacity(
     return CacheCapacity(baseline_tokens=min(tokens), bytes_per_token=bytes_per_token)
 
 
-def _uncompressed(spec: Any, layer_name: str, vllm_config: VllmConfig) -> Any:
-    """The spec that a layer would have in the model's own dtype."""
-    if getattr(spec, "dtype", None) != torch.uint8:
-        return spec
+def _uncompressed_config(vllm_config: VllmConfig) -> VllmConfig:
+    """The engine's configuration as it would be without a format of ours, as far as it lays out a cache."""
+    config = copy.copy(vllm_config)
+    config.additional_config = {}
+    config.cache_config = cache_config = copy.copy(vllm_config.cache_config)
+    cache_config.cache_dtype = "auto"
+    # A fixed number of blocks would be a fixed number of tokens, whatever a token takes.
+    cache_config.num_gpu_blocks_override = None
+    if vllm_config.model_config.is_hybrid:
+        if not cache_config.user_specified_block_size:
+            cache_config.block_size = cache_config.DEFAULT_BLOCK_SIZE
+        cache_config.mamba_page_size_padded = None
+        backend = resolve_obj_by_qualname(BACKENDS[current_platform.device_type])
+        type(current_platform)._align_hybrid_block_size(config, backend)
+    return config
+
+
+def _uncompressed(spec: Any, layer_name: str, vllm_config: VllmConfig, baseline_config: VllmConfig) -> Any:
+    """The spec that a layer would have in the model's own dtype.
+
+    In a hybrid that has other blocks, which are as large as a state, and a state is padded to those.
+    """
+    from vllm.v1.kv_cache_interface import MambaSpec
+
+    cache_config, hybrid = baseline_config.cache_config, vllm_config.model_config.is_hybrid
+    if isinstance(spec, MambaSpec):
+        own_blocks = spec.block_size != vllm_config.cache_config.block_size
+        return replace(
+            spec,
+            block_size=spec.block_size if own_blocks else cache_config.block_size,
+            page_size_padded=cache_config.mamba_page_size_padded,
+        )
+    block_size = cache_config.block_size if hybrid else spec.block_size
+    if spec.dtype != torch.uint8:
+        return replace(spec, block_size=block_size)
     fmt = layer_format(vllm_config, layer_name)
     head_dim = next(dim for dim in HEAD_DIMS if fmt.slot_bytes(dim) == 2 * spec.head_size)
-    return replace(spec, head_size=head_dim, head_size_v=head_dim, dtype=vllm_config.model_config.dtype)
+    return replace(
+        spec,
+        block_size=block_size,
+        head_size=head_dim,
+        head_size_v=head_dim,
+        dtype=vllm_config.model_config.dtype,
+    )

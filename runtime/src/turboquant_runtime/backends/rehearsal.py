@@ -15,9 +15,6 @@ from turboquant_kernels.prefill.attention import scratch_tokens
 from turboquant_kernels.store.kernel import store
 from turboquant_runtime.backends.step import Decodes, Prefills, decode_limit
 
-_BATCH_SIZES = (1, 2, 16)
-"""One, which Triton compiles for itself, a number without and one with the factor 16."""
-
 
 def rehearse(
     impl: Any, layer: Any, config: VllmConfig, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
@@ -44,9 +41,10 @@ def rehearse(
 
     longest = config.model_config.max_model_len
     most = config.scheduler_config.max_num_seqs
-    for query_len in {1, max(1, decode_limit(config) - 1), decode_limit(config)}:
-        # The largest first: it reserves the memory that the others share.
-        for num_seqs in sorted({most, *(n for n in _BATCH_SIZES if n < most)}, reverse=True):
+    limit = decode_limit(config)
+    # The largest first: it reserves the memory that the others share.
+    for query_len in sorted({1, max(1, limit - 1), limit}, reverse=True):
+        for num_seqs in (most, *_powers_of_two_below(most)):
             decodes = Decodes(
                 query_len,
                 num_seqs * query_len,
@@ -56,6 +54,11 @@ def rehearse(
             )
             batch = query.new_zeros(num_seqs * query_len, *query.shape[1:])
             impl.decode(codec, batch, kv_cache, decodes, torch.empty_like(batch))
+
+
+def _powers_of_two_below(most: int) -> list[int]:
+    """Batch sizes for which a kernel is compiled: the schedule's has a size of its own for each."""
+    return [1 << i for i in range((most - 1).bit_length())]
 
 
 def _first_of_its_shape(impl: Any, layer: Any, config: VllmConfig) -> Any:
