@@ -44,6 +44,11 @@ import torch
 
 from turboquant_kernels.formats import ANCHOR_TOKENS, PAGE_TOKENS, Encoding, KVFormat
 
+PAGE_LAYOUT_VERSION = 1
+"""To be raised whenever a block of the cache would hold other bytes for the same keys and values: by another
+order of bytes, other levels, another rotation. Whoever keeps pages beyond the process that wrote them has it
+in their identity, beside the format, the head dimension and the seed of the rotation."""
+
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 1, 1), 8: (8,)}
 """Widths of the bit planes of a code, low bits first."""
 
