@@ -168,12 +168,15 @@ class TestReport:
         assert "TTFT" not in text
 
     def test_sessions_show_their_waiting_and_hits(self):
-        row = fixture_row(
-            case="sessions 16x17000", output_tokens_per_second=70.0, median_ttft_seconds=0.5,
-            cached_prompt_fraction=0.9, decode_tokens_per_second=None,
-        )  # fmt: skip
-        text = rendered(report.tables([row]))
+        measured = {"decode_tokens_per_second": None, "output_tokens_per_second": 70.0}
+        waiting = {"median_ttft_seconds": 0.5, "cached_prompt_fraction": 0.9}
+        rows = [
+            fixture_row(cache, case="sessions 16x17000", **measured, **waiting)
+            for cache in ("auto", "fp8", "int4_per_token_head")
+        ]
+        text = rendered(report.tables(rows))
         assert all(part in text for part in ("TTFT", "0.50", "cached", "90%"))
+        assert "…" not in text
 
     def test_an_engine_that_cannot_hold_a_case_is_named(self):
         assert report.notes(self.ROWS) == ["llama-3.1-8b 32x32000: bf16 holds 1 of the 2 tokens"]

@@ -9,7 +9,7 @@ from rich.table import Table
 from turboquant_runtime.bench.cases import BASELINES
 from turboquant_runtime.bench.results import Row
 
-LABELS = {"auto": "bf16"}
+LABELS = {"auto": "bf16", "int4_per_token_head": "vLLM int4", "turboquant_4bit_nc": "vLLM turboquant"}
 """What readers call a value of `--kv-cache-dtype`, where they do not call it by its name."""
 
 _COLORS = {
@@ -55,7 +55,8 @@ def _table(rows: Sequence[Row], over: Mapping[tuple[str, ...], Mapping[str, floa
         "start\ns": lambda row: f"{row.start_seconds:.1f}",
     }
     flags = "" if first.settings == "plain" else f", {first.settings}"
-    table = Table(title=f"{first.model}{flags}: {first.case} ({first.gpu})", title_justify="left", box=SIMPLE)
+    title = f"{first.model}{flags}: {first.case} ({first.gpu})"
+    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("cache", no_wrap=True)
     shown = [header for header, cell in columns.items() if any(cell(row) != "-" for row in rows)]
     for header in shown:
@@ -106,7 +107,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                 axis.bar(place, value, yerr=value * spread / 2, color=color, width=0.72, ecolor="black")
                 if baseline:
                     text = f"{value / baseline:.2f}x"
-                    axis.annotate(text, (place, value), ha="center", va="bottom", fontsize=8)
+                    axis.annotate(text, (place, value * (1 + spread / 2)), ha="center", va="bottom", fontsize=8)
             names = [label(cache) for cache in bars]
             axis.set_xticks(range(len(bars)), names, rotation=35, ha="right", fontsize=8)
             axis.set_title(title, fontsize=9)
