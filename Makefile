@@ -52,7 +52,7 @@ test-cluster: dev ## the operator against a real API server, and the demo as a t
 	$(BIN)/python -m pytest -m cluster $(PYTEST_ARGS)
 
 test-aot: dev ## every kernel variant that ships, compiled for sm_80, sm_90 and sm_100; needs no GPU
-	$(BIN)/python kernels/tests/aot/resources.py --all
+	$(BIN)/python kernels/tests/aot/resources.py --all $(AOT_ARGS)
 
 test-gpu: dev ## the kernels on this machine's GPU; writes kernels/tests/gpu/result.json
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)

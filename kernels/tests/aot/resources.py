@@ -7,13 +7,18 @@
 `make test` runs the first form in a process of its own, since the tests around it run Triton's interpreter,
 and `make test-aot` the last, which exits with 1 if a variant does not compile. The named variants are those
 in bounds.json; `--name` adds one while recording, and one that no longer ships is dropped.
+
+Triton's cache on disk keeps what is compiled, so a run that was stopped goes on where it was.
 """
 
 import argparse
 import dataclasses
 import json
 import multiprocessing
+import os
+import re
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,14 +36,16 @@ def main() -> int:
     parser.add_argument("--all", action="store_true")
     parser.add_argument("--record", action="store_true")
     parser.add_argument("--name", action="append", default=[], help="with --record: one more named variant")
+    parser.add_argument("--only", default="", help="with --all: a regular expression that names begin with")
+    parser.add_argument("-j", "--jobs", type=int, default=os.cpu_count(), help="processes")
     arguments = parser.parse_args()
     _variants.extend(shipped())
     if arguments.all:
-        return _compile_all()
+        return _compile_all(re.compile(arguments.only), arguments.jobs)
     named = {*json.loads(BOUNDS.read_text()), *arguments.name}
     jobs = [(i, CAPABILITY) for i, variant in enumerate(_variants) if variant.name in named]
     compiled = {}
-    for variant, result in _compile(jobs):
+    for variant, result in _compile(jobs, arguments.jobs):
         if isinstance(result, str):
             sys.exit(f"{variant.name}: {result}")
         compiled[variant.name] = dataclasses.asdict(result)
@@ -51,26 +58,34 @@ def main() -> int:
     return 0
 
 
-def _compile_all() -> int:
-    jobs = [(i, capability) for i, variant in enumerate(_variants) for capability in variant.capabilities]
-    failures = 0
-    for done, (variant, result) in enumerate(_compile(jobs), start=1):
+def _compile_all(only: re.Pattern[str], processes: int) -> int:
+    chosen = [(i, variant) for i, variant in enumerate(_variants) if only.match(variant.name)]
+    jobs = [(i, capability) for i, variant in chosen for capability in variant.capabilities]
+    begin, failures, spills = time.monotonic(), [], []
+    for done, (variant, result) in enumerate(_compile(jobs, processes), start=1):
+        left = (time.monotonic() - begin) / done * (len(jobs) - done)
+        progress = f"[{done}/{len(jobs)}, {left / 60:.0f} min left]"
         if isinstance(result, str):
-            failures += 1
-            print(f"[{done}/{len(jobs)}] {variant.name}: {result}")
-        else:
-            print(
-                f"[{done}/{len(jobs)}] {variant.name} sm_{result.capability}: {result.registers} registers, "
-                f"{result.spill_bytes} bytes spilled, {result.shared_bytes} shared, "
-                f"{result.instructions} instructions, {result.seconds:.1f} s",
-                flush=True,
-            )
-    print(f"{len(jobs) - failures} of {len(jobs)} compiled")
+            failures.append(f"{variant.name}: {result}")
+            print(progress, failures[-1], flush=True)
+            continue
+        if result.spill_bytes:
+            spills.append(result)
+        print(
+            f"{progress} {variant.name} sm_{result.capability}: {result.registers} registers, "
+            f"{result.spill_bytes} bytes spilled, {result.shared_bytes} shared, "
+            f"{result.instructions} instructions, {result.seconds:.1f} s",
+            flush=True,
+        )
+    print(f"{len(spills)} spill, those that spill most:")
+    for result in sorted(spills, key=lambda result: -result.spill_bytes)[:20]:
+        print(f"  {result.variant} sm_{result.capability}: {result.spill_bytes} bytes")
+    print(f"{len(jobs) - len(failures)} of {len(jobs)} compiled", *failures, sep="\n  ")
     return 1 if failures else 0
 
 
-def _compile(jobs: list[tuple[int, int]]) -> Iterator[tuple[AotVariant, Compiled | str]]:
-    with multiprocessing.get_context("fork").Pool() as pool:
+def _compile(jobs: list[tuple[int, int]], processes: int) -> Iterator[tuple[AotVariant, Compiled | str]]:
+    with multiprocessing.get_context("fork").Pool(processes) as pool:
         for (index, _), result in zip(jobs, pool.imap(_compile_one, jobs), strict=True):
             yield _variants[index], result
 
