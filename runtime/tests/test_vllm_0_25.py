@@ -33,6 +33,7 @@ SIGNATURES = {
     ),
     "v1/core/kv_cache_utils.py get_kv_cache_capacity": "vllm_config kv_cache_config",
     "v1/core/kv_cache_utils.py init_none_hash": "hash_fn",
+    "v1/spec_decode/utils.py extend_all_queries_by_N": "common_attn_metadata N arange new_slot_mapping",
     "platforms/cuda.py CudaPlatformBase.get_attn_backend_cls": (
         "cls selected_backend attn_selector_config num_heads"
     ),
@@ -56,6 +57,7 @@ IMPORTED_NAMES = {
     "v1/attention/selector.py": {"CacheDType"},
     "engine/arg_utils.py": {"CacheDType"},
     "v1/engine/core.py": {"get_kv_cache_configs", "EngineCoreReadyResponse", "init_none_hash"},
+    "v1/spec_decode/llm_base_proposer.py": {"extend_all_queries_by_N"},
 }
 """Names that the adapter replaces in the module that uses them, not in the one that defines them."""
 
@@ -273,6 +275,37 @@ def test_the_plan_is_that_of_the_target_model(adapter) -> None:
         target_model_config=SimpleNamespace(get_total_num_hidden_layers=lambda: 24)
     )
     assert len(adapter.plan_of(config).layers) == 24
+
+
+def test_a_draft_model_finds_its_lengths_on_the_host(adapter, monkeypatch) -> None:
+    """It is fed one token more of each sequence than the target; vLLM adds it on the device alone."""
+    import torch
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.spec_decode import llm_base_proposer
+    from vllm.v1.spec_decode.utils import extend_all_queries_by_N
+
+    def lengths(extend):
+        starts, lens = torch.tensor([0, 5, 6], dtype=torch.int32), torch.tensor([5, 9], dtype=torch.int32)
+        batch = CommonAttentionMetadata(
+            query_start_loc=starts,
+            query_start_loc_cpu=starts,
+            seq_lens=lens,
+            seq_lens_cpu_upper_bound=lens,
+            num_reqs=2,
+            num_actual_tokens=6,
+            max_query_len=5,
+            max_seq_len=9,
+            block_table_tensor=torch.zeros(2, 1, dtype=torch.int32),
+            slot_mapping=torch.zeros(6, dtype=torch.int64),
+        )
+        slots = torch.zeros(8, dtype=torch.int64)
+        extended = extend(batch, N=1, arange=torch.arange(8, dtype=torch.int32), new_slot_mapping=slots)
+        return extended.seq_lens.tolist(), extended.seq_lens_cpu_upper_bound.tolist()
+
+    monkeypatch.setattr(llm_base_proposer, "extend_all_queries_by_N", extend_all_queries_by_N)
+    assert lengths(extend_all_queries_by_N) == ([6, 10], [5, 9]), "vLLM does it now: the patch can go"
+    adapter._lengthen_drafts_on_the_host.__wrapped__()
+    assert lengths(llm_base_proposer.extend_all_queries_by_N) == ([6, 10], [6, 10])
 
 
 @pytest.mark.parametrize(

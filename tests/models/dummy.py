@@ -68,7 +68,6 @@ GEMMA2 = {
     "final_logit_softcapping": 30.0,
     "bos_token_id": 1,
     "eos_token_id": 2,
-    "tie_word_embeddings": False,
 }
 """Gemma-2's shape, small: logits of the attention are capped, low enough to matter."""
 
@@ -88,14 +87,17 @@ QWEN3_NEXT = {
     "linear_key_head_dim": 64,
     "linear_value_head_dim": 64,
     "full_attention_interval": 4,
-    "num_experts": 0,
-    "mlp_only_layers": [0, 1, 2, 3],
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
+    "shared_expert_intermediate_size": 128,
+    "mlp_only_layers": [0, 1, 2],
     "max_position_embeddings": 8192,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "tie_word_embeddings": False,
 }
-"""Qwen3-Next's shape, small and without experts: three layers of linear attention to one of attention."""
+"""Qwen3-Next's shape, small: three layers of linear attention to one of attention, which has experts."""
 
 FALCON_H1 = {
     "architectures": ["FalconH1ForCausalLM"],

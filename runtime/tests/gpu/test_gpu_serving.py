@@ -76,7 +76,7 @@ def test_pages_that_were_in_host_memory_give_the_same_answers(start_on_gpu, mode
     prompts = [tokens(1000, seed) for seed in range(4)]
     expected = [engine.generate([prompt], 8, logprobs=2)[0] for prompt in prompts]
     outputs = [engine.generate([prompt], 8, logprobs=2)[0] for prompt in prompts]
-    assert counts(engine, "vllm:external_prefix_cache_hits") > 2000
+    assert counts(engine, "vllm:prompt_tokens_cached") > 2000
     same_answers(outputs, expected)
     (fresh,) = start_on_gpu(model, "tq-k4v4").generate([prompts[0]], 8, logprobs=2)
     same_answers([outputs[0]], [fresh])

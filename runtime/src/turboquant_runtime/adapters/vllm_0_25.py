@@ -1,6 +1,6 @@
 """Every touch of vLLM 0.25.1's internals: what is patched, why, and nothing else.
 
-vLLM 0.25.1 has no hook for a KV-cache format from outside, so `install` extends it in seven places. Each
+vLLM 0.25.1 has no hook for a KV-cache format from outside, so `install` extends it in eight places. Each
 function below that patches says which symbol, why, and what it leaves alone; `tests/test_vllm_0_25.py` fails
 by name when a symbol changes. With none of our formats chosen every patch calls straight through.
 
@@ -12,6 +12,7 @@ by name when a symbol changes. With none of our formats chosen every patch calls
 | worker | `Attention.get_kv_cache_spec` | the engine lays pages out by their true size |
 | front end, worker | `Platform._align_hybrid_block_size` | state pages of hybrids match compressed pages |
 | engine core | `init_none_hash` | a page's identity has its format, seed and plan in it |
+| worker | `extend_all_queries_by_N` of draft models | the host's lengths are those of the device |
 | engine core, front end | the engine's ready message | metrics know the capacity of an uncompressed cache |
 """
 
@@ -35,6 +36,7 @@ from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from turboquant_kernels.formats import COMPRESSED_FORMATS, HEAD_DIMS, KVFormat
+from turboquant_kernels.packing import PAGE_LAYOUT_VERSION
 from turboquant_kernels.plans import KVPlan
 from turboquant_runtime.capacity import REPORTED, CacheCapacity
 from turboquant_runtime.configuration import (
@@ -233,6 +235,7 @@ def route_attention() -> None:
     ) -> str:
         if attn_selector_config.kv_cache_dtype in CACHE_DTYPES:
             _give_pages_their_true_size()
+            _lengthen_drafts_on_the_host()
             return _valid_backend(attn_selector_config)
         return original(selected_backend, attn_selector_config=attn_selector_config, num_heads=num_heads)
 
@@ -280,6 +283,27 @@ def _give_pages_their_true_size() -> None:
         return replace(spec, head_size=slot_bytes // 2, head_size_v=slot_bytes // 2, dtype=torch.uint8)
 
     Attention.get_kv_cache_spec = get_kv_cache_spec
+
+
+@cache
+def _lengthen_drafts_on_the_host() -> None:
+    """Keeps the host's lengths of a draft model's sequences in step with the device's.
+
+    Patched, when the first compressed layer is made: `extend_all_queries_by_N` in
+    `vllm.v1.spec_decode.llm_base_proposer`, which gives a draft model one token more of each sequence than
+    the target had. It adds them to the lengths on the device, not to `seq_lens_cpu_upper_bound`, by which
+    prompts are read.
+    """
+    from vllm.v1.spec_decode import llm_base_proposer
+
+    original = llm_base_proposer.extend_all_queries_by_N
+
+    def extend_all_queries_by_N(common_attn_metadata: Any, N: int, *args: Any, **kwargs: Any) -> Any:
+        extended = original(common_attn_metadata, N, *args, **kwargs)
+        bound = common_attn_metadata.seq_lens_cpu_upper_bound
+        return extended if bound is None else extended.replace(seq_lens_cpu_upper_bound=bound + N)
+
+    llm_base_proposer.extend_all_queries_by_N = extend_all_queries_by_N
 
 
 def align_hybrids() -> None:
@@ -360,7 +384,7 @@ def report_capacity() -> None:
 
 
 def identify_pages() -> None:
-    """Makes the plan part of what identifies a page beyond this engine: its format and seed in each layer.
+    """Makes part of what identifies a page beyond this engine: each layer's format, the seed, the layout.
 
     Patched, in the engine core: the name `init_none_hash` in `vllm.v1.engine.core`, which sets the hash that
     every sequence's first block follows. Pages in host memory or on disk are found by these hashes; two
@@ -387,8 +411,8 @@ def identify_pages() -> None:
 
 
 def page_identity(start: bytes, plan: KVPlan, hash_fn: Callable[[Any], bytes]) -> bytes:
-    """The hash before a sequence's first block: vLLM's own, and the plan that its pages are stored by."""
-    return hash_fn((start, json.dumps(plan.to_dict(), sort_keys=True)))
+    """The hash before a sequence's first block: vLLM's own, and what its pages are stored by."""
+    return hash_fn((start, PAGE_LAYOUT_VERSION, json.dumps(plan.to_dict(), sort_keys=True)))
 
 
 def measure_capacity(
