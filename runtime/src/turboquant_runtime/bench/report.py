@@ -107,7 +107,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                 axis.bar(place, value, yerr=value * spread / 2, color=color, width=0.72, ecolor="black")
                 if baseline:
                     text = f"{value / baseline:.2f}x"
-                    axis.annotate(text, (place, value * (1 + spread / 2)), ha="center", va="bottom", fontsize=8)
+                    axis.annotate(
+                        text, (place, value * (1 + spread / 2)), ha="center", va="bottom", fontsize=8
+                    )
             names = [label(cache) for cache in bars]
             axis.set_xticks(range(len(bars)), names, rotation=35, ha="right", fontsize=8)
             axis.set_title(title, fontsize=9)
