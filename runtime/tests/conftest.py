@@ -183,5 +183,7 @@ def facts() -> SimpleNamespace:
         hybrid=False,
         chunked_local_attention=False,
         bidirectional_images=False,
+        context_parallel=False,
+        dual_batch=False,
         kv_connector=None,
     )

@@ -91,6 +91,8 @@ def test_what_cannot_be_served_is_refused(
         ("compute_capability", (7, 5), "this one has 7.5"),
         ("dtype", "float32", "add --dtype bfloat16"),
         ("mla", True, "MLA"),
+        ("context_parallel", True, "context parallelism"),
+        ("dual_batch", True, "dual batch overlap"),
         ("kv_connector", "NixlConnector", "NixlConnector"),
     ],
 )

@@ -5,9 +5,11 @@ import pytest
 from turboquant_kernels.formats import KVFormat
 from turboquant_runtime import plugin
 
+pytestmark = pytest.mark.engine
+
 
 @pytest.mark.parametrize("shape", ["QWEN3_NEXT", "FALCON_H1"])
-@pytest.mark.parametrize("name", ["tq-k4v4", "tq-k3v3", "auto"])
+@pytest.mark.parametrize("name", ["tq-k4v4", "auto"])
 def test_a_state_fills_the_page_of_an_attention_block(dummy_model, shape: str, name: str) -> None:
     import vllm.engine.arg_utils
     from vllm.platforms import current_platform

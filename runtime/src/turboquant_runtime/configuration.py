@@ -60,6 +60,10 @@ class EngineFacts:
     chunked_local_attention: bool
     bidirectional_images: bool
     """Tokens of one image see each other in both directions, and images are not switched off."""
+    context_parallel: bool
+    """One sequence's cache is divided among GPUs."""
+    dual_batch: bool
+    """Two halves of a batch are computed at the same time on one GPU."""
     kv_connector: str | None
     """vLLM's name of what carries KV pages out of the engine: offloading, disaggregated prefill."""
 
@@ -114,6 +118,8 @@ def check_servable(plan: KVPlan, facts: EngineFacts) -> None:
         "hybrid models (linear attention or Mamba beside attention) are served on GPUs only": facts.hybrid
         and facts.device == "cpu",
         "chunked local attention is not supported": facts.chunked_local_attention,
+        "context parallelism is not supported: leave it out": facts.context_parallel,
+        "dual batch overlap is not supported: leave it out": facts.dual_batch,
         f"the KV connector {facts.kv_connector} is not supported on {facts.device}: leave it out": (
             facts.kv_connector is not None and facts.kv_connector not in KV_CONNECTORS.get(facts.device, ())
         ),

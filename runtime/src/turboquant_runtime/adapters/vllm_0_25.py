@@ -59,7 +59,7 @@ BACKENDS = {
 def install() -> None:
     """Patches the vLLM of this process; further calls do nothing."""
     accept_cache_dtypes()
-    refuse_early()
+    refuse_early(lambda vllm_config: report_capacity())
     route_attention()
     align_hybrids()
     if "vllm.v1.engine.core" in sys.modules:
@@ -133,8 +133,10 @@ def _cache_dtype_argument(value: str) -> str:
     return value
 
 
-def refuse_early() -> None:
+def refuse_early(accept: Callable[[VllmConfig], None]) -> None:
     """Refuses what cannot be served while vLLM checks its configuration: no engine, no weights yet.
+
+    `accept` is called for an engine that has a format of ours and is not refused, and may still refuse it.
 
     Patched: `Platform.check_and_update_config`, the last step of `VllmConfig.__post_init__`, which only the
     process that makes the configuration runs (the others unpickle it). Layers that a plan leaves in the
@@ -152,7 +154,7 @@ def refuse_early() -> None:
             if plan is not None:
                 check_servable(plan, _facts(vllm_config))
                 _keep_plain(plan, vllm_config.cache_config.kv_cache_dtype_skip_layers)
-                report_capacity()
+                accept(vllm_config)
         except RefusedConfiguration:
             _print_refusals_in_one_line()
             raise
@@ -167,7 +169,7 @@ def _keep_plain(plan: KVPlan, skip_layers: list[str]) -> None:
 
 def _facts(vllm_config: VllmConfig) -> EngineFacts:
     model, multimodal = vllm_config.model_config, vllm_config.model_config.multimodal_config
-    speculative = vllm_config.speculative_config
+    parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
     draft = speculative.draft_model_config if speculative else None
     return EngineFacts(
         device="rocm" if current_platform.is_rocm() else current_platform.device_type,
@@ -184,6 +186,8 @@ def _facts(vllm_config: VllmConfig) -> EngineFacts:
         bidirectional_images=model.is_mm_prefix_lm
         and multimodal is not None
         and multimodal.get_limit_per_prompt("image") > 0,
+        context_parallel=parallel.decode_context_parallel_size * parallel.prefill_context_parallel_size > 1,
+        dual_batch=parallel.use_ubatching,
         kv_connector=_kv_connector(vllm_config),
     )
 
@@ -235,16 +239,15 @@ def route_attention() -> None:
     ) -> str:
         if attn_selector_config.kv_cache_dtype in CACHE_DTYPES:
             _give_pages_their_true_size()
-            _lengthen_drafts_on_the_host()
-            return _valid_backend(attn_selector_config)
+            lengthen_drafts_on_the_host()
+            return valid_backend(BACKENDS[current_platform.device_type], attn_selector_config)
         return original(selected_backend, attn_selector_config=attn_selector_config, num_heads=num_heads)
 
     platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
 
 
-def _valid_backend(attn_selector_config: Any) -> str:
-    """The path of our backend for this platform; RefusedConfiguration where a layer is not for it."""
-    path = BACKENDS[current_platform.device_type]
+def valid_backend(path: str, attn_selector_config: Any) -> str:
+    """The path of our backend; RefusedConfiguration where a layer is not for it."""
     if current_platform.is_cuda():
         reasons = resolve_obj_by_qualname(path).validate_configuration(
             device_capability=current_platform.get_device_capability(), **attn_selector_config._asdict()
@@ -286,7 +289,7 @@ def _give_pages_their_true_size() -> None:
 
 
 @cache
-def _lengthen_drafts_on_the_host() -> None:
+def lengthen_drafts_on_the_host() -> None:
     """Keeps the host's lengths of a draft model's sequences in step with the device's.
 
     Patched, when the first compressed layer is made: `extend_all_queries_by_N` in
@@ -335,6 +338,11 @@ def align_hybrids() -> None:
 
 @cache
 def report_capacity() -> None:
+    """Sends the capacity of the uncompressed cache as this version of vLLM would lay it out."""
+    send_capacity(measure_capacity)
+
+
+def send_capacity(measure: Callable[[VllmConfig, list[dict[str, Any]], list[int]], CacheCapacity]) -> None:
     """Sends the capacity of the uncompressed cache from the engine core to the front end, where metrics are.
 
     Installed in the engine core's process, which has its module loaded when it loads plugins, and in a front
@@ -353,16 +361,19 @@ def report_capacity() -> None:
     apply_ready: Callable[..., None] = core_client.MPClient._apply_ready_response
 
     def get_kv_cache_configs(
-        vllm_config: VllmConfig, kv_cache_specs: list[dict[str, Any]], available_memory: list[int]
+        vllm_config: VllmConfig,
+        kv_cache_specs: list[dict[str, Any]],
+        available_memory: list[int],
+        *groups: Any,
     ) -> list[Any]:
         # vLLM's own function may change the specs that it is given.
         specs = [dict(worker) for worker in kv_cache_specs]
-        configs = lay_out(vllm_config, kv_cache_specs, available_memory)
+        configs = lay_out(vllm_config, kv_cache_specs, available_memory, *groups)
         if plan_of(vllm_config) is not None:
             memory = available_memory
             if vllm_config.cache_config.num_gpu_blocks_override is not None:
                 memory = [sum(tensor.size for tensor in config.kv_cache_tensors) for config in configs]
-            measured[:] = [measure_capacity(vllm_config, specs, memory)]
+            measured[:] = [measure(vllm_config, specs, memory)]
         return configs
 
     @dataclass
@@ -426,7 +437,7 @@ def measure_capacity(
     """
     from vllm.v1.core import kv_cache_utils
 
-    baseline_config = _uncompressed_config(vllm_config)
+    baseline_config = uncompressed_config(vllm_config)
     tokens = []
     for worker_specs, worker_memory in zip(specs, memory, strict=True):
         plain = {
@@ -442,7 +453,7 @@ def measure_capacity(
     return CacheCapacity(baseline_tokens=min(tokens), bytes_per_token=bytes_per_token)
 
 
-def _uncompressed_config(vllm_config: VllmConfig) -> VllmConfig:
+def uncompressed_config(vllm_config: VllmConfig) -> VllmConfig:
     """The engine's configuration as it would be without a format of ours, as far as it lays out a cache."""
     config = copy.copy(vllm_config)
     config.additional_config = {}

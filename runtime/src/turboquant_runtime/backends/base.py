@@ -41,6 +41,11 @@ class CompressedBackend(AttentionBackend):
     def supports_sink(cls) -> bool:
         return True
 
+    @classmethod
+    def supports_mm_prefix(cls) -> bool:
+        """Of models whose image tokens see each other in both directions, text: images are refused early."""
+        return True
+
     @staticmethod
     def get_kv_cache_shape(
         num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, cache_dtype_str: str = "auto"
