@@ -247,7 +247,7 @@ def test_the_baseline_undoes_every_format(adapter, cache_spec) -> None:
         config.model_config.dtype = torch.bfloat16
         for head_dim in HEAD_DIMS:
             spec = adapter._uncompressed(
-                cache_spec(fmt.name, head_dim), "layers.1", config, adapter._uncompressed_config(config)
+                cache_spec(fmt.name, head_dim), "layers.1", config, adapter.uncompressed_config(config)
             )
             assert (spec.head_size, spec.dtype) == (head_dim, torch.bfloat16)
 
@@ -304,7 +304,7 @@ def test_a_draft_model_finds_its_lengths_on_the_host(adapter, monkeypatch) -> No
 
     monkeypatch.setattr(llm_base_proposer, "extend_all_queries_by_N", extend_all_queries_by_N)
     assert lengths(extend_all_queries_by_N) == ([6, 10], [5, 9]), "vLLM does it now: the patch can go"
-    adapter._lengthen_drafts_on_the_host.__wrapped__()
+    adapter.lengthen_drafts_on_the_host.__wrapped__()
     assert lengths(llm_base_proposer.extend_all_queries_by_N) == ([6, 10], [6, 10])
 
 
