@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -113,8 +114,13 @@ def _results(tasks: list[partial[Report]], processes: int) -> Iterable[Report]:
         yield from (task() for task in tasks)
         return
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(task) for task in tasks]):
-            yield future.result()
+        index_of = {pool.submit(task): task.args[0] for task in tasks}
+        for future in as_completed(index_of):
+            try:
+                yield future.result()
+            except BrokenProcessPool:  # and with it the pool: every variant that is left comes here
+                name = str(all_variants()[index_of[future]])
+                yield Report(name, failures=[f"{name}: a process died"])
 
 
 def _run_variant(

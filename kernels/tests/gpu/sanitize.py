@@ -88,7 +88,9 @@ class Sweep:
             return cls(share, None, report)
         options = ("--tool", tool, "--report-api-errors", "no", "--error-exitcode", "99")
         own = (sys.executable, __file__, "--share", share, "--seconds", str(seconds))
-        process = subprocess.Popen([program, *options, *own], stdout=report, stderr=report)
+        # An allocation each for every tensor, so that what lies beyond one is out of bounds.
+        environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        process = subprocess.Popen([program, *options, *own], stdout=report, stderr=report, env=environment)
         return cls(share, process, report)
 
     def verdict(self, patience: float = SECONDS + _GRACE) -> str:
