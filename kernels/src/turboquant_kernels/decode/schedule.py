@@ -91,7 +91,7 @@ def _pages(seq_len, query_len, window, PAGE: tl.constexpr):
     return first, tl.cdiv(seq_len, PAGE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs", "num_items", "query_len", "window"])
 def _fill_kernel(
     items, splits, seq_lens, num_seqs, num_items, query_len, window,
     PAGE: tl.constexpr, TILE: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,

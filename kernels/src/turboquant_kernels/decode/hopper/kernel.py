@@ -25,30 +25,36 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from turboquant_kernels.decode.hopper.merge import merge_splits, store_zeros
 from turboquant_kernels.decode.hopper.operands import (
-    basis,
     blocks_of,
     bytes_of_words,
     key_operand,
-    load_keys,
     load_queries,
     load_shared_queries,
     load_table,
     share_queries,
 )
+from turboquant_kernels.decode.hopper.pages import (
+    find_blocks,
+    load_scales,
+    load_tile_keys,
+    offset_of,
+    pages_of_tile,
+    prefetch,
+)
 from turboquant_kernels.decode.hopper.values import (
     MAGIC,
-    add_attended,
+    add_sums,
     load_values,
     no_attended,
     store_attended,
+    sum_values,
     value_operand,
     weight_operand,
 )
+from turboquant_kernels.decode.logits import LOG2_E, NOTHING
 
 WEIGHT_ONE = gl.constexpr(32512.0)
 """Fixed-point weight of the largest token: 127 * 256, so that both halves are int8."""
-_NOTHING = gl.constexpr(-1e30)
-"""Logit of a token that a row does not see; finite, so that no difference of two is NaN."""
 
 # Two tokens' fixed-point weights of one row -> their high and low bytes as two 16-bit elements, transposed
 # across the warp so that lanes hold tokens where they held rows. The low byte is made signed.
@@ -56,24 +62,7 @@ _WEIGHTS = gl.constexpr(
     "{ .reg .b32 y; prmt.b32 y, $1, $2, 0x4051; xor.b32 y, y, 0x80800000;"
     " movmatrix.sync.aligned.m8n8.trans.b16 $0, y; }"
 )
-_PREFETCH = gl.constexpr("{ prefetch.global.L2 [$1]; mov.b32 $0, 0; }")
 _LOG2 = gl.constexpr("lg2.approx.ftz.f32 $0, $1;")
-
-
-@gluon.constexpr_function
-def _scale_layout(warps, pages):
-    """[warps, pages, 2, 8, 2]: token 8 * n0 + r of a page in the four lanes of row r; key and value scale."""
-    registers = basis(4, 2, 5) + basis(2, 2, 5) + basis(1, pages, 5)
-    lanes = [[0] * 5, [0] * 5, *basis(3, 8, 5)]
-    return gl.DistributedLinearLayout(registers, lanes, basis(0, warps, 5), [], [warps, pages, 2, 8, 2])
-
-
-@gluon.constexpr_function
-def _page_layout(warps, pages):
-    """[warps, pages]: every lane holds those of its warp."""
-    return gl.DistributedLinearLayout(
-        basis(1, pages, 2), [[0, 0]] * 5, basis(0, warps, 2), [], [warps, pages]
-    )
 
 
 @gluon.jit
@@ -104,19 +93,6 @@ def _products(
 
 
 @gluon.jit
-def _prefetch(base, offset, W: gl.constexpr, P: gl.constexpr, WORDS: gl.constexpr):
-    """Starts the way of P pages of WORDS words a warp to the L2 cache: a line of 128 bytes a lane."""
-    L: gl.constexpr = gl.DistributedLinearLayout(
-        basis(1, P, 3), basis(2, 32, 3), basis(0, W, 3), [], [W, P, 32]
-    )
-    lane = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, L)))[None, None, :]
-    page = gl.convert_layout(offset, gl.SliceLayout(2, L), assert_trivial=True)[:, :, None]
-    for first in gl.static_range(0, WORDS, 1024):
-        line = (base + gl.minimum(first + lane * 32, WORDS - 1)) + page
-        gl.inline_asm_elementwise(_PREFETCH, "=r,l", [line], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
 def _log2_of_scale(scale):
     """Base-2 logarithm of fp16 scales in float32. 2**-40 is added, which is nothing to any scale but zero."""
     return gl.inline_asm_elementwise(
@@ -124,7 +100,7 @@ def _log2_of_scale(scale):
     )
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_seqs"])
 def decode_kernel(
     partial,
     stats,
@@ -165,8 +141,7 @@ def decode_kernel(
     VALUE_BLOCK: gl.constexpr,
     SHARED_QUERIES: gl.constexpr,
     EARLY: gl.constexpr,
-    OVERLAP: gl.constexpr,
-    AHEAD: gl.constexpr,
+    PREFETCH: gl.constexpr,
     WINDOW: gl.constexpr,
     SOFT_CAP: gl.constexpr,
     FUSED: gl.constexpr,
@@ -177,15 +152,13 @@ def decode_kernel(
     VALUE_BLOCKS: gl.constexpr = blocks_of(D, VALUE_BLOCK)
     CODE_WORDS: gl.constexpr = D * (KEY_BITS + VALUE_BITS) // 2
     PAGE_WORDS: gl.constexpr = CODE_WORDS + 16
+    ALL_HEADS: gl.constexpr = KV_HEADS * PAGE_WORDS
     PROGRAMS: gl.constexpr = KV_HEADS * ROW_GROUPS
     mma: gl.constexpr = gl.NVMMADistributedLayout(
         version=[2, 0], warps_per_cta=[W, 1, 1], instr_shape=[1, 16, 8]
     )
     A: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
     B: gl.constexpr = gl.DotOperandLayout(1, mma, 4)
-    SCALES: gl.constexpr = _scale_layout(W, P)
-    PAGES: gl.constexpr = _page_layout(W, P)
-
     item = gl.program_id(0)
     sequence = gl.load(items + 4 * item)
     first_page = gl.load(items + 4 * item + 1)
@@ -225,7 +198,7 @@ def decode_kernel(
     q = ()
     used = (row < total_rows) & (no_warp == 0)
     for i in gl.static_range(len(KEY_BLOCKS)):
-        block = load_queries(queries + i * 128, q_row + no_warp, used, R, W, KEY_BITS, KEY_BLOCKS[i], B)
+        block = load_queries(queries + i * 128, q_row + no_warp, used, KEY_BITS, KEY_BLOCKS[i], B)
         if SHARED_QUERIES:
             q = q + (share_queries(block, W, N, KEY_BLOCKS[i]),)
         else:
@@ -234,55 +207,31 @@ def decode_kernel(
     key_registers = load_table(tables, KEY_REGISTERS, W, P)
     value_registers = load_table(tables + 32 * KEY_REGISTERS, VALUE_REGISTERS, W, P)
 
-    # Each warp takes P pages of a tile of W * P.
-    mine = (
-        gl.arange(0, W, gl.SliceLayout(1, PAGES))[:, None] * P
-        + gl.arange(0, P, gl.SliceLayout(0, PAGES))[None, :]
-    )
     table_row = block_table + sequence * block_table_stride
     keys_at = kv_cache + head * PAGE_WORDS
     values_at = keys_at + D * KEY_BITS // 2
     scales_at = (keys_at + CODE_WORDS).to(gl.pointer_type(gl.float16), bitcast=True)
-    s_r = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(4, SCALES)))))
-    s_n = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, gl.SliceLayout(4, SCALES)))))
-    s_kv = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, SCALES)))))
-    scale_within = (s_n[None, None, :, None, None] * 8 + s_r[None, None, None, :, None]) * 2 + s_kv[
-        None, None, None, None, :
-    ]
 
-    page = gl.minimum(first_page + mine, end_page - 1)
-    block = gl.load(table_row + page // PAGES_OF_BLOCK).to(OFFSET)
-    offset = block * block_stride + (page % PAGES_OF_BLOCK) * (KV_HEADS * PAGE_WORDS)
-    keys = ()
+    # Of the tile after the next the blocks are looked up while this one is computed, and with PREFETCH its
+    # pages start on their way to the L2 cache.
+    page = pages_of_tile(first_page, end_page, W, P)
+    block = find_blocks(table_row, page, PAGES_OF_BLOCK, OFFSET)
+    offset = offset_of(block, page, block_stride, PAGES_OF_BLOCK, ALL_HEADS)
+    keys = load_tile_keys(keys_at, offset, W, P, KEY_BITS, D)
     values = ()
-    for i in gl.static_range(len(KEY_BLOCKS)):
-        keys = keys + (load_keys(keys_at, offset, W, P, KEY_BITS, D, KEY_BLOCKS[i], i * 128),)
     if EARLY:
         for i in gl.static_range(len(VALUE_BLOCKS)):
             first = i * VALUE_BLOCK
             values = values + (load_values(values_at, offset, W, P, VALUE_BITS, D, VALUE_BLOCKS[i], first),)
-    current = offset
-    scale_offset = gl.convert_layout(
-        offset, gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, SCALES))), assert_trivial=True
-    )
-    scales = gl.load((scales_at + scale_within) + scale_offset[:, :, None, None, None] * 2)
-    page = gl.minimum(first_page + W * P + mine, end_page - 1)
-    block = gl.load(table_row + page // PAGES_OF_BLOCK).to(OFFSET)
-    if AHEAD > 0:
-        for i in gl.static_range(1, AHEAD + 1):
-            ahead = gl.minimum(first_page + i * W * P + mine, end_page - 1)
-            ahead_block = gl.load(table_row + ahead // PAGES_OF_BLOCK).to(OFFSET)
-            _prefetch(
-                keys_at,
-                ahead_block * block_stride + (ahead % PAGES_OF_BLOCK) * (KV_HEADS * PAGE_WORDS),
-                W,
-                P,
-                PAGE_WORDS,
-            )
-        ahead = gl.minimum(first_page + (AHEAD + 1) * W * P + mine, end_page - 1)
-        ahead_block = gl.load(table_row + ahead // PAGES_OF_BLOCK).to(OFFSET)
-    else:
-        ahead_block = block
+    scales = load_scales(scales_at, offset, W, P)
+    page = pages_of_tile(first_page + W * P, end_page, W, P)
+    block = find_blocks(table_row, page, PAGES_OF_BLOCK, OFFSET)
+    next_offset = offset
+    if PREFETCH:
+        next_offset = offset_of(block, page, block_stride, PAGES_OF_BLOCK, ALL_HEADS)
+        prefetch(keys_at, next_offset, PAGE_WORDS)
+        page = pages_of_tile(first_page + 2 * (W * P), end_page, W, P)
+        block = find_blocks(table_row, page, PAGES_OF_BLOCK, OFFSET)
 
     products = gl.full([W, T, N], 0, gl.int32, mma)
     high, _ = gl.split(gl.reshape(products, [W, T, R, 2]))
@@ -306,7 +255,7 @@ def decode_kernel(
     last = (seq_len - query_len + query_token)[None, :] + no_warp2
     seen_by_all = seq_len - query_len + 1
 
-    maximum = gl.full([W, R], _NOTHING, gl.float32, ROW)
+    maximum = gl.full([W, R], NOTHING, gl.float32, ROW)
     warp_token = gl.arange(0, T, gl.SliceLayout(0, gl.SliceLayout(2, S)))[None, :, None]
     warp_token += gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, S)))[:, None, None] * T
 
@@ -320,57 +269,24 @@ def decode_kernel(
     total = lane_zero  # of each lane's own tokens; summed over lanes at the end
     weight_sum = lane_zero
 
-    middle = current
-    s_ahead = gl.full([W, T, R], 0.0, gl.float32, S)
-    if OVERLAP:
-        middle = block * block_stride + (page % PAGES_OF_BLOCK) * (KV_HEADS * PAGE_WORDS)
-        s_ahead = _products(keys, key_registers, q, W, P, R, D, KEY_BITS, KEY_ASM, SHARED_QUERIES, mma)
-        next_keys = ()
-        for i in gl.static_range(len(KEY_BLOCKS)):
-            next_keys = next_keys + (load_keys(keys_at, middle, W, P, KEY_BITS, D, KEY_BLOCKS[i], i * 128),)
-        keys = next_keys
-        page = gl.minimum(first_page + 2 * W * P + mine, end_page - 1)
-        block = gl.load(table_row + page // PAGES_OF_BLOCK).to(OFFSET)
-
     for tile in range(gl.cdiv(end_page - first_page, W * P)):
-        offset = block * block_stride + (page % PAGES_OF_BLOCK) * (KV_HEADS * PAGE_WORDS)
-        if AHEAD > 0:
-            ahead = gl.minimum(first_page + (tile + AHEAD + 1) * (W * P) + mine, end_page - 1)
-            _prefetch(
-                keys_at,
-                ahead_block * block_stride + (ahead % PAGES_OF_BLOCK) * (KV_HEADS * PAGE_WORDS),
-                W,
-                P,
-                PAGE_WORDS,
-            )
-            ahead = gl.minimum(first_page + (tile + AHEAD + 2) * (W * P) + mine, end_page - 1)
-            ahead_block = gl.load(table_row + ahead // PAGES_OF_BLOCK).to(OFFSET)
-        if OVERLAP:
-            # The next tile's products fill the waits of this one's weights.
-            next_s = _products(keys, key_registers, q, W, P, R, D, KEY_BITS, KEY_ASM, SHARED_QUERIES, mma)
-            s = s_ahead
-            s_ahead = next_s
+        found = offset_of(block, page, block_stride, PAGES_OF_BLOCK, ALL_HEADS)
+        if PREFETCH:
+            prefetch(keys_at, found, PAGE_WORDS)
+            coming = next_offset
+            next_offset = found
         else:
-            s = _products(keys, key_registers, q, W, P, R, D, KEY_BITS, KEY_ASM, SHARED_QUERIES, mma)
-        next_keys = ()
-        if EARLY or OVERLAP:
-            for i in gl.static_range(len(KEY_BLOCKS)):
-                next_keys = next_keys + (
-                    load_keys(keys_at, offset, W, P, KEY_BITS, D, KEY_BLOCKS[i], i * 128),
-                )
-            keys = next_keys
-        if not EARLY:
+            coming = found
+        s = _products(keys, key_registers, q, W, P, R, D, KEY_BITS, KEY_ASM, SHARED_QUERIES, mma)
+        if EARLY:
+            keys = load_tile_keys(keys_at, coming, W, P, KEY_BITS, D)
+        else:
             late = ()
             for i in gl.static_range(len(VALUE_BLOCKS)):
                 first = i * VALUE_BLOCK
-                late = late + (load_values(values_at, current, W, P, VALUE_BITS, D, VALUE_BLOCKS[i], first),)
+                late = late + (load_values(values_at, offset, W, P, VALUE_BITS, D, VALUE_BLOCKS[i], first),)
         key_scale, value_scale = gl.split(scales)  # [W, P, 2, 8]
-        scale_offset = gl.convert_layout(
-            middle if OVERLAP else offset,
-            gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, SCALES))),
-            assert_trivial=True,
-        )
-        scales = gl.load((scales_at + scale_within) + scale_offset[:, :, None, None, None] * 2)
+        scales = load_scales(scales_at, coming, W, P)
         key_scale = gl.convert_layout(
             gl.reshape(key_scale, [W, T]).to(gl.float32), gl.SliceLayout(2, S), assert_trivial=True
         )[:, :, None]
@@ -379,19 +295,18 @@ def decode_kernel(
         )[:, :, None]
         s = (s * scale[:, None, :] + half_sum[:, None, :]) * key_scale
         if SOFT_CAP:
-            # cap * tanh(s / cap); s and cap in base 2, so exp2(2 log2(e) s_nat / cap) = exp2(2 s log2(e) /
-            # cap2)
-            s = soft_cap - 2.0 * soft_cap / (gl.exp2(s * (2.8853900817779268 / soft_cap)) + 1.0)
+            # cap * tanh(s / cap), of which logits and cap are in base 2.
+            s = soft_cap - 2.0 * soft_cap / (gl.exp2(s * (2.0 * LOG2_E / soft_cap)) + 1.0)
         weighted = s + _log2_of_scale(value_scale)
         tile_first = first_page * 16 + tile * (W * T)
         # Most tiles are seen whole. Slots behind the end hold anything, NaN too.
-        if WINDOW or OVERLAP or tile_first + W * T > seen_by_all:
+        if WINDOW or tile_first + W * T > seen_by_all:
             position = tile_first + warp_token
             seen = position <= last[:, None, :]
             if WINDOW:
                 seen = seen & (position > last[:, None, :] - window)
-            s = gl.where(seen, s, _NOTHING)
-            weighted = gl.where(seen, weighted, _NOTHING)
+            s = gl.where(seen, s, NOTHING)
+            weighted = gl.where(seen, weighted, NOTHING)
         new_maximum = gl.maximum(maximum, gl.max(weighted, axis=1))
         decay = gl.exp2(maximum - new_maximum)
         maximum = new_maximum
@@ -420,40 +335,32 @@ def decode_kernel(
         for i in gl.static_range(len(VALUE_BLOCKS)):
             packed = values[i] if EARLY else late[i]
             v = value_operand(packed, value_registers, W, P, VALUE_BITS, VALUE_BLOCKS[i], VALUE_ASM, A)
-            for piece in gl.static_range(PIECES):
-                x = attended[PIECES * i + piece]
-                new_attended = new_attended + (
-                    add_attended(x, decay, v, weights[piece], W, VALUE_BLOCKS[i] // PIECES, R, mma),
-                )
+            if R == 4:
+                # The products of both pieces first is faster where their sums take few registers.
+                sums = ()
+                for piece in gl.static_range(PIECES):
+                    sums = sums + (sum_values(attended[PIECES * i + piece], v, weights[piece], mma),)
+                for piece in gl.static_range(PIECES):
+                    new_attended = new_attended + (
+                        add_sums(attended[PIECES * i + piece], decay, sums[piece]),
+                    )
+            else:
+                for piece in gl.static_range(PIECES):
+                    x = attended[PIECES * i + piece]
+                    new_attended = new_attended + (add_sums(x, decay, sum_values(x, v, weights[piece], mma)),)
             if EARLY:
+                first = i * VALUE_BLOCK
                 next_values = next_values + (
-                    load_values(
-                        values_at,
-                        middle if OVERLAP else offset,
-                        W,
-                        P,
-                        VALUE_BITS,
-                        D,
-                        VALUE_BLOCKS[i],
-                        i * VALUE_BLOCK,
-                    ),
+                    load_values(values_at, coming, W, P, VALUE_BITS, D, VALUE_BLOCKS[i], first),
                 )
         attended = new_attended
         if EARLY:
             values = next_values
-        if not EARLY and not OVERLAP:
-            for i in gl.static_range(len(KEY_BLOCKS)):
-                next_keys = next_keys + (
-                    load_keys(keys_at, offset, W, P, KEY_BITS, D, KEY_BLOCKS[i], i * 128),
-                )
-            keys = next_keys
-        if OVERLAP:
-            current = middle
-            middle = offset
         else:
-            current = offset
-        page = gl.minimum(first_page + (tile + 2 + OVERLAP) * (W * P) + mine, end_page - 1)
-        block = gl.load(table_row + page // PAGES_OF_BLOCK).to(OFFSET)
+            keys = load_tile_keys(keys_at, coming, W, P, KEY_BITS, D)
+        offset = coming
+        page = pages_of_tile(first_page + (tile + 2 + PREFETCH) * (W * P), end_page, W, P)
+        block = find_blocks(table_row, page, PAGES_OF_BLOCK, OFFSET)
 
     total = gl.convert_layout(gl.sum(total, axis=1), ROW)
     half_weight = gl.convert_layout(gl.sum(weight_sum, axis=1), ROW) * (0.5 * WEIGHT_ONE)  # of c + 1/2
@@ -482,7 +389,9 @@ def decode_kernel(
         gl.thread_barrier()
         counter = counters + sequence * PROGRAMS + gl.program_id(1)
         count = gl.load(splits + 2 * sequence + 1)
-        arrived = gl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+        arrived = 0
+        if count > 1:
+            arrived = gl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
         if arrived == count - 1:
             gl.thread_barrier()
             merge_splits(

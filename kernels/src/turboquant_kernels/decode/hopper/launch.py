@@ -43,10 +43,8 @@ class Launch:
     early: bool
     """Whether a tile's keys and values are loaded while the tile before it is computed, each into registers
     of its own; else values after the products of the tile's keys, and keys after those of its values."""
-    overlap: bool
-    """Whether the products of a tile's keys are made beside the weights of the tile before it."""
-    ahead: int
-    """Tiles that are asked into the L2 cache before they are loaded."""
+    prefetch: bool
+    """Whether a tile's pages are asked into the L2 cache a tile before they are loaded."""
     max_registers: int | None
     """Registers of a thread at most."""
     num_warps: int = 4
@@ -247,8 +245,7 @@ def _constexprs(
         "VALUE_BLOCK": min(launch.value_block, head_dim),
         "SHARED_QUERIES": launch.shared_queries,
         "EARLY": launch.early,
-        "OVERLAP": launch.overlap,
-        "AHEAD": launch.ahead,
+        "PREFETCH": launch.prefetch,
         "WINDOW": window,
         "SOFT_CAP": soft_cap,
     }

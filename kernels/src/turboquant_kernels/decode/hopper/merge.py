@@ -7,8 +7,8 @@ each query head. Splits are added in order, whoever comes last, so results repea
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-_LOG2_E = gl.constexpr(1.4426950408889634)
-_NOTHING = gl.constexpr(-1e30)
+from turboquant_kernels.decode.logits import LOG2_E, NOTHING, SOMETHING
+
 _ELEMENTS = gl.constexpr(512)
 _SPLITS = gl.constexpr(8)
 
@@ -53,22 +53,22 @@ def merge_splits(
         used = (e < R * D) & (row < total_rows)
         out = ((token + row // GROUP) * Q_HEADS + q_head + row % GROUP) * D + e % D
         if sinks is None:
-            maximum = gl.full([_ELEMENTS], _NOTHING, gl.float32, gl.SliceLayout(0, L))
+            maximum = gl.full([_ELEMENTS], NOTHING, gl.float32, gl.SliceLayout(0, L))
             total = gl.full([_ELEMENTS], 0.0, gl.float32, gl.SliceLayout(0, L))
         else:
-            maximum = gl.load(sinks + q_head + row % GROUP, mask=used, other=0.0).to(gl.float32) * _LOG2_E
+            maximum = gl.load(sinks + q_head + row % GROUP, mask=used, other=0.0).to(gl.float32) * LOG2_E
             total = gl.full([_ELEMENTS], 1.0, gl.float32, gl.SliceLayout(0, L))
         result = gl.full([_ELEMENTS], 0.0, gl.float32, gl.SliceLayout(0, L))
         for begin in range(0, count, _SPLITS):
             there = (begin + s < count) & used[None, :]
             at = ((first + begin + s) * PROGRAMS + row_of_group) * R + (e // D)[None, :]
             # Other programs wrote these: past the L1 cache.
-            m = gl.load(stats + at * 2, mask=there, other=_NOTHING, cache_modifier=".cg")
+            m = gl.load(stats + at * 2, mask=there, other=NOTHING, cache_modifier=".cg")
             part = gl.load(stats + at * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
             a = gl.load(partial + at * D + (e % D)[None, :], mask=there, other=0.0, cache_modifier=".cg")
             new_maximum = gl.maximum(maximum, gl.max(m, axis=0))
             decay = gl.exp2(maximum - new_maximum)
-            share = gl.where(m > 0.1 * _NOTHING, gl.exp2(m - new_maximum[None, :]), 0.0)
+            share = gl.where(m > SOMETHING, gl.exp2(m - new_maximum[None, :]), 0.0)
             total = total * decay + gl.sum(share * part, axis=0)
             result = result * decay + gl.sum(share * a, axis=0)
             maximum = new_maximum

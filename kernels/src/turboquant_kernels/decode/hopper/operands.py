@@ -258,8 +258,6 @@ def load_queries(
     queries,
     q_row,
     seen,
-    R: gl.constexpr,
-    W: gl.constexpr,
     BITS: gl.constexpr,
     BLOCK: gl.constexpr,
     B: gl.constexpr,

@@ -21,6 +21,9 @@ from turboquant_kernels.decode.hopper.operands import (
 MAGIC = gl.constexpr(12582912.0)
 """1.5 * 2**23: a float32 above it holds an integer in its low bits."""
 _MAGIC_BITS = gl.constexpr(0x4B400000)
+_MAGIC_HIGH = gl.constexpr(3221225472.0)
+"""1.5 * 2**31: a float32 above it holds a multiple of 256 in its low bits."""
+_MAGIC_HIGH_BITS = gl.constexpr(0x4F400000)
 # Four tokens' weights -> two registers of two, with a zero after, and before, each.
 _LOW_WEIGHTS = gl.constexpr("{ prmt.b32 $0, $2, 0, 0x4140; prmt.b32 $1, $2, 0, 0x4342; }")
 _HIGH_WEIGHTS = gl.constexpr("{ prmt.b32 $0, $2, 0, 0x1404; prmt.b32 $1, $2, 0, 0x3424; }")
@@ -154,14 +157,25 @@ def weight_operand(
 
 
 @gluon.jit
-def add_attended(
-    attended, decay, v, weights, W: gl.constexpr, M: gl.constexpr, R: gl.constexpr, mma: gl.constexpr
-):
-    """attended * decay + v @ weights, of which the columns are high and low halves: float32 [W, M, R]."""
-    pv = mma_v2(v, weights, gl.full([W, M, 2 * R], _MAGIC_BITS, gl.int32, mma))
-    high, low = gl.split(gl.reshape(pv.to(gl.float32, bitcast=True), [W, M, R, 2]))
+def sum_values(attended, v, weights, mma: gl.constexpr):
+    """v @ weights for attended, [W, M, R]: int32 [W, M, 2 R], whose columns are high and low halves.
+
+    Integers are summed in the low bits of float32 numbers; those of the high halves count 256 each.
+    """
+    high = gl.full(attended.shape, _MAGIC_HIGH_BITS, gl.int32, attended.type.layout)
+    low = gl.full(attended.shape, _MAGIC_BITS, gl.int32, attended.type.layout)
+    shape: gl.constexpr = [attended.shape[0], attended.shape[1], 2 * attended.shape[2]]
+    zero = gl.convert_layout(gl.reshape(gl.join(high, low), shape), mma, assert_trivial=True)
+    return mma_v2(v, weights, zero)
+
+
+@gluon.jit
+def add_sums(attended, decay, sums):
+    """attended * decay + what `sum_values` summed, float32 [W, M, R]."""
+    shape: gl.constexpr = [attended.shape[0], attended.shape[1], attended.shape[2], 2]
+    high, low = gl.split(gl.reshape(sums.to(gl.float32, bitcast=True), shape))
     decay = gl.convert_layout(decay, gl.SliceLayout(1, high.type.layout), assert_trivial=True)[:, None, :]
-    return (attended * decay + (low - MAGIC)) + (high - MAGIC) * 256.0
+    return attended * decay + ((high - (_MAGIC_HIGH + MAGIC)) + low)
 
 
 @gluon.jit
