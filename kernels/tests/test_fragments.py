@@ -1,13 +1,14 @@
 """The Hopper kernel's assembly, run here instruction by instruction: Gluon has no interpreter.
 
-`run` follows the PTX manual for the instructions that fragments are made of. Words come from `packing`, so a
-register is compared with the int8 of the very coordinates that it should hold.
+Words come from `packing`, so a register is compared with the int8 of the very coordinates that it should
+hold.
 """
 
 import re
 
 import pytest
 import torch
+from ptx_emulator import MASK, execute, signed_bytes, words_of
 
 from turboquant_kernels.codebook import codebook
 from turboquant_kernels.decode.hopper.fragments import (
@@ -19,55 +20,11 @@ from turboquant_kernels.decode.hopper.fragments import (
 )
 from turboquant_kernels.packing import PLANES, CodeOrder
 
-MASK = 0xFFFFFFFF
-
-
-def permute(a: int, b: int, selector: int) -> int:
-    """prmt.b32: four bytes of b:a by nibbles of the selector; bit 3 replicates the byte's sign."""
-    pool = [(b << 32 | a) >> 8 * i & 255 for i in range(8)]
-    result = 0
-    for i in range(4):
-        nibble = selector >> 4 * i & 15
-        byte = pool[nibble & 7]
-        if nibble & 8:
-            byte = 255 if byte & 128 else 0
-        result |= byte << 8 * i
-    return result
-
-
-def logic(a: int, b: int, c: int, table: int) -> int:
-    """lop3.b32: the bit of the truth table that three bits select."""
-    bits = (table >> ((a >> i & 1) << 2 | (b >> i & 1) << 1 | (c >> i & 1)) & 1 for i in range(32))
-    return sum(bit << i for i, bit in enumerate(bits))
-
-
-OPERATIONS = {
-    "prmt.b32": permute,
-    "lop3.b32": logic,
-    "and.b32": lambda a, b: a & b,
-    "xor.b32": lambda a, b: a ^ b,
-    "shl.b32": lambda a, b: a << b & MASK,
-    "shr.u32": lambda a, b: a >> b,
-    "mov.b32": lambda a: a,
-    "dp2a.lo.u32.u32": lambda a, b, c: ((a & 0xFFFF) * (b & 255) + (a >> 16) * (b >> 8 & 255) + c) & MASK,
-}
-
 
 def run(text: str, outputs: int, inputs: list[int]) -> list[int]:
     """The output registers of a fragment whose inputs stand in every fourth operand."""
-    values = {f"${outputs + 4 * i}": word & MASK for i, word in enumerate(inputs)}
-    for name, operands in re.findall(r"([a-z0-9.]+) ([^;<>]+);", text):
-        target, *sources = operands.split(", ")
-        values[target] = OPERATIONS[name](*(values[s] if s in values else int(s, 0) & MASK for s in sources))
+    values = execute(text, {f"${outputs + 4 * i}": word & MASK for i, word in enumerate(inputs)})
     return [values[f"${i}"] for i in range(outputs)]
-
-
-def signed_bytes(register: int) -> list[int]:
-    return [(register >> 8 * i & 255) - 2 * (register >> 8 * i & 128) for i in range(4)]
-
-
-def words_of(row: torch.Tensor) -> list[int]:
-    return [word & MASK for word in row.contiguous().view(torch.int32).tolist()]
 
 
 def from_registers(bits: int, head_dim: int) -> list[int]:
