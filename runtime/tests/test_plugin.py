@@ -46,14 +46,16 @@ def test_an_unsupported_version_refuses_a_compressed_cache_in_one_line(
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("version", ["0.25.1", "0.25.1+cpu"])
-def test_a_supported_version_gets_its_adapter(
+@pytest.mark.parametrize("version", ["0.25.1", "0.25.1+cpu", "0.33.0"])
+def test_a_version_with_an_adapter_gets_it(
     vllm_version, monkeypatch: pytest.MonkeyPatch, version: str
 ) -> None:
     vllm_version(version)
     adapter = ModuleType("adapter")
     calls = []
     adapter.install = lambda: calls.append("installed")
-    monkeypatch.setattr(plugin.importlib, "import_module", {plugin.ADAPTERS["0.25.1"]: adapter}.__getitem__)
+    name = {"0.25.1": "vllm_0_25", "0.33.0": "vllm_0_33"}[version.partition("+")[0]]
+    modules = {f"turboquant_runtime.adapters.{name}": adapter}
+    monkeypatch.setattr(plugin.importlib, "import_module", modules.__getitem__)
     plugin.register()
     assert calls == ["installed"]

