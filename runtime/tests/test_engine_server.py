@@ -122,3 +122,26 @@ def test_used_tokens_follow_a_request_of_known_length(server: Server) -> None:
             return
         time.sleep(1)
     pytest.fail("a cancelled request still holds tokens")
+
+
+@pytest.mark.parametrize("shared", [0, 96], ids=["apart", "shared-prefix"])
+def test_used_tokens_are_those_of_all_requests_and_a_shared_prefix_counts_once(
+    server: Server, shared: int
+) -> None:
+    lengths = (160, 304)
+    prefix = [5 + i % 70 for i in range(shared)]
+    prompts = [prefix + [3 + (n + i * (n % 7 + 2)) % 90 for i in range(shared, n)] for n in lengths]
+    before = server.metrics()["vllm:generation_tokens_total"]
+    streams = []
+    for prompt in prompts:
+        streams.append(server.stream(prompt, max_tokens=3000))
+        next(streams[-1])  # its prompt is computed, and its blocks can be found
+    for _ in range(20):
+        for stream in streams:
+            next(stream)
+    metrics = server.metrics()
+    length = sum(lengths) - shared + metrics["vllm:generation_tokens_total"] - before
+    # The last block of each has room for up to 15 tokens more, and the newest token may not be stored yet.
+    assert length - 2 <= metrics["turboquant_kv_used_tokens"] <= length + 2 * BLOCK
+    for stream in streams:
+        stream.close()
