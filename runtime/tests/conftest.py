@@ -91,6 +91,24 @@ class Engine:
             lora_request=lora_request,
         )
 
+    def generate_and_cancel(
+        self, prompts: list[list[int]], max_tokens: int, cancelled: int, after_steps: int, **sampling: Any
+    ) -> list[Any]:
+        """As `generate`, but cancels one prompt after some of the engine's steps; the others' outputs."""
+        from vllm import SamplingParams
+
+        parameters = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, **sampling)
+        engine, finished, steps = self.llm.llm_engine, {}, 0
+        for index, prompt in enumerate(prompts):
+            engine.add_request(str(index), {"prompt_token_ids": prompt}, parameters)
+        while engine.has_unfinished_requests():
+            finished |= {output.request_id: output for output in engine.step() if output.finished}
+            steps += 1
+            if steps == after_steps:
+                assert str(cancelled) not in finished
+                engine.abort_request([str(cancelled)])
+        return [finished[str(index)] for index in range(len(prompts)) if index != cancelled]
+
     def forget(self) -> None:
         """Empties the prefix cache: the next request is fresh."""
         assert self.llm.reset_prefix_cache()

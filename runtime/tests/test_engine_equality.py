@@ -135,6 +135,16 @@ def preemptions(engine) -> int:
     return sum(m.value for m in engine.llm.get_metrics() if m.name == "vllm:num_preemptions")
 
 
+def test_a_cancelled_request_leaves_the_others_alone(engine, text, lone) -> None:
+    prompts = [text[start : start + 60] for start in (0, 40, 80)]
+    expected = [lone(prompt) for prompt in prompts]
+    engine.forget()
+    finished = engine.generate_and_cancel(prompts, MAX_TOKENS, cancelled=1, after_steps=4, logprobs=2)
+    same_answers(finished, [expected[0], expected[2]])
+    # Its blocks are free again, and whoever gets them reads their own tokens.
+    same_answers(engine.generate(prompts, MAX_TOKENS, logprobs=2), expected)
+
+
 @pytest.mark.parametrize("missing", [1, 100, 180])
 def test_the_comparison_shows_one_token_that_is_not_read(text, lone, missing: int) -> None:
     """The comparison above can fail: with one token of the prompt left out it does."""

@@ -81,25 +81,11 @@ def preemptions(engine) -> int:
 
 
 def test_a_cancelled_request_leaves_the_others_alone(engine, tokens, lone) -> None:
-    from vllm import SamplingParams
-
     prompts = [tokens(140, seed) for seed in range(3)]
     expected = [lone(prompt) for prompt in prompts]
     engine.forget()
-    sampling = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True, logprobs=2)
-    core = engine.llm.llm_engine
-    for index, prompt in enumerate(prompts):
-        core.add_request(f"request-{index}", {"prompt_token_ids": prompt}, sampling)
-    finished, step = {}, 0
-    while core.has_unfinished_requests():
-        for output in core.step():
-            if output.finished:
-                finished[output.request_id] = output
-        step += 1
-        if step == 5:
-            core.abort_request(["request-1"])
-    assert "request-1" not in finished or finished["request-1"].outputs[0].finish_reason == "abort"
-    same_answers([finished["request-0"], finished["request-2"]], [expected[0], expected[2]])
+    finished = engine.generate_and_cancel(prompts, MAX_TOKENS, cancelled=1, after_steps=5, logprobs=2)
+    same_answers(finished, [expected[0], expected[2]])
     # Its blocks are free again, and whoever gets them reads their own tokens.
     same_answers(engine.generate(prompts, MAX_TOKENS, logprobs=2), expected)
 

@@ -3,74 +3,61 @@
 Log probabilities of a whole prompt go through the prefill's road, those of the answer through the decode's.
 """
 
-from statistics import median
-
 import pytest
+from answers import assert_next_to_each_other
 
 pytestmark = pytest.mark.gpu
 
-NEAR, FAR = 0.4, 2.5
-"""Nats, at most, for the median token and for 99 of 100, at 8 bits for keys and values.
+NEAR = 0.4
+"""Nats, at most, for the median token at 8 bits for keys and values.
 
-The small models magnify rounding: the CPU engine in bf16 is .13 from itself in float32, and .20 (median) and
-2.0 (largest) from its own tq-k8v8; 2 bits are 2.5 away.
+The small Llama magnifies rounding: the CPU engine in bf16 is .13 from itself in float32, and .20 from its own
+tq-k8v8; 2 bits are 2.5 away. Shapes whose norms damp it have their own bound.
 """
 
 SHAPES = {
-    "head_dim 64, one query head to a KV head": ("LLAMA", {"head_dim": 64, "num_key_value_heads": 4}),
-    "head_dim 80, one KV head": ("LLAMA", {"head_dim": 80, "num_key_value_heads": 1}),
-    "head_dim 96": ("LLAMA", {"head_dim": 96}),
-    "head_dim 128": ("LLAMA", {}),
-    "head_dim 192, one KV head": ("LLAMA", {"head_dim": 192, "num_key_value_heads": 1}),
-    "head_dim 256": ("LLAMA", {"head_dim": 256}),
-    "sliding windows": ("GEMMA3", {"tie_word_embeddings": False}),
-    "soft cap": ("GEMMA2", {}),
-    "linear attention": ("QWEN3_NEXT", {}),
-    "Mamba": ("FALCON_H1", {}),
+    "head_dim 64, one query head to a KV head": ("LLAMA", {"head_dim": 64, "num_key_value_heads": 4}, NEAR),
+    "head_dim 80, one KV head": ("LLAMA", {"head_dim": 80, "num_key_value_heads": 1}, NEAR),
+    "head_dim 96": ("LLAMA", {"head_dim": 96}, NEAR),
+    "head_dim 128": ("LLAMA", {}, NEAR),
+    "head_dim 192, one KV head": ("LLAMA", {"head_dim": 192, "num_key_value_heads": 1}, NEAR),
+    "head_dim 256": ("LLAMA", {"head_dim": 256}, NEAR),
+    "sliding windows": ("GEMMA3", {"tie_word_embeddings": False}, 0.1),
+    "soft cap": ("GEMMA2", {}, 0.1),
+    "linear attention": ("QWEN3_NEXT", {}, NEAR),
+    "Mamba": ("FALCON_H1", {}, 0.1),
 }
 
 
+@pytest.fixture
+def engines(start_on_gpu, dummy_model):
+    """Starts a shape's engine at 8 bits and the one with vLLM's own cache."""
+
+    def start(shape: str) -> list:
+        from vllm.distributed.parallel_state import destroy_model_parallel
+
+        name, overrides, _ = SHAPES[shape]
+        model = dummy_model(name, weights=0, **overrides)
+        if name == "QWEN3_NEXT":
+            # vLLM makes the group of experts with its other groups, once: with a process's first engine.
+            destroy_model_parallel()
+        return [start_on_gpu(model, cache) for cache in ("tq-k8v8", "auto")]
+
+    return start
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-def test_answers_are_next_to_those_of_the_uncompressed_cache(
-    start_on_gpu, dummy_model, tokens, shape
-) -> None:
-    name, overrides = SHAPES[shape]
-    model = dummy_model(name, weights=0, **overrides)
-    compressed, plain = start_on_gpu(model, "tq-k8v8"), start_on_gpu(model, "auto")
-    assert_next_to_each_other(compressed, plain, [tokens(length, length) for length in (700, 200, 33)])
-
-
-def assert_next_to_each_other(compressed, plain, prompts, near: float = NEAR, **arguments) -> None:
-    differences = []
-    for prompt in prompts:
-        outputs = [
-            engine.generate([prompt], 16, logprobs=0, prompt_logprobs=0, **arguments)[0]
-            for engine in (compressed, plain)
-        ]
-        told = [[next(iter(step.values())).logprob for step in o.prompt_logprobs[1:]] for o in outputs]
-        differences += [abs(a - b) for a, b in zip(*told, strict=True)]
-        answers = [o.outputs[0] for o in outputs]
-        for a, b, step_a, step_b in zip(
-            *(a.token_ids for a in answers), *(a.logprobs for a in answers), strict=True
-        ):
-            if a != b:
-                break  # two continuations that were next to equal
-            differences.append(abs(step_a[a].logprob - step_b[b].logprob))
-    print(f"{len(differences)} tokens, median {median(differences):.2g}, largest {max(differences):.2g}")
-    assert median(differences) <= near
-    assert sorted(differences)[len(differences) * 99 // 100] <= FAR
+def test_answers_are_next_to_those_of_the_uncompressed_cache(engines, tokens, shape) -> None:
+    prompts = [tokens(length, length) for length in (700, 200, 33)]
+    assert_next_to_each_other(*engines(shape), prompts, near=SHAPES[shape][2])
 
 
 @pytest.mark.parametrize("shape", ["linear attention", "Mamba"])
-def test_the_reported_baseline_of_a_hybrid_is_what_a_bf16_engine_has(
-    start_on_gpu, dummy_model, shape
-) -> None:
+def test_the_reported_baseline_of_a_hybrid_is_what_a_bf16_engine_has(engines, shape) -> None:
     """In bf16 a block has fewer tokens, so that it is as large as a state."""
     from turboquant_runtime.adapters.vllm_0_25 import measure_capacity
 
-    name, overrides = SHAPES[shape]
-    model = dummy_model(name, weights=0, **overrides)
-    compressed, plain = start_on_gpu(model, "tq-k8v8"), start_on_gpu(model, "auto")
+    compressed, plain = engines(shape)
     capacity = measure_capacity(compressed.config, [compressed.runner.get_kv_cache_spec()], [64 << 20])
     assert capacity.baseline_tokens == plain.capacity_tokens
     assert compressed.capacity_tokens > plain.capacity_tokens
@@ -80,7 +67,9 @@ def test_fewer_bits_are_further_away(start_on_gpu, dummy_model, tokens) -> None:
     """The comparison above can fail: at two bits it does."""
     model = dummy_model("LLAMA", weights=0)
     with pytest.raises(AssertionError):
-        assert_next_to_each_other(start_on_gpu(model, "tq-k2v2"), start_on_gpu(model, "auto"), [tokens(700)])
+        assert_next_to_each_other(
+            start_on_gpu(model, "tq-k2v2"), start_on_gpu(model, "auto"), [tokens(700)], near=NEAR
+        )
 
 
 def test_layers_of_a_plan_have_their_own_formats(start_on_gpu, dummy_model, tokens) -> None:
@@ -92,7 +81,7 @@ def test_layers_of_a_plan_have_their_own_formats(start_on_gpu, dummy_model, toke
     model = dummy_model("LLAMA", weights=0)
     mixed = start_on_gpu(model, "tq-k8v8", additional_config={"turboquant": plan.to_dict()})
     assert mixed.capacity_tokens < start_on_gpu(model, "tq-k8v8").capacity_tokens
-    assert_next_to_each_other(mixed, start_on_gpu(model, "auto"), [tokens(300)])
+    assert_next_to_each_other(mixed, start_on_gpu(model, "auto"), [tokens(300)], near=NEAR)
 
 
 def test_fp8_weights(start_on_gpu, dummy_model, tokens) -> None:
@@ -123,9 +112,11 @@ def test_lora(start_on_gpu, dummy_model, tokens, tmp_path) -> None:
         for name in ("tq-k8v8", "auto")
     )
     adapter = LoRARequest("adapter", 1, str(tmp_path))
-    assert_next_to_each_other(compressed, plain, [tokens(300)], lora_request=adapter)
+    assert_next_to_each_other(compressed, plain, [tokens(300)], near=NEAR, lora_request=adapter)
     with pytest.raises(AssertionError):
-        assert_next_to_each_other(compressed, WithArguments(plain, lora_request=adapter), [tokens(300)])
+        assert_next_to_each_other(
+            compressed, WithArguments(plain, lora_request=adapter), [tokens(300)], near=NEAR
+        )
 
 
 class WithArguments:

@@ -1,0 +1,25 @@
+"""Shapes of models on the CPU: at 8 bits an engine answers next to as one with vLLM's own cache does."""
+
+import pytest
+from answers import assert_next_to_each_other
+
+pytestmark = pytest.mark.engine
+
+ARGUMENTS = {"max_model_len": 1024, "max_num_batched_tokens": 512, "kv_cache_memory_bytes": 64 << 20}
+PROMPTS = [[3 + index * index * 7 % 113 for index in range(length)] for length in (300, 40)]
+
+
+@pytest.mark.parametrize("shape", ["GEMMA2", "GEMMA3"])
+def test_answers_are_next_to_those_of_the_uncompressed_cache(start_engine, dummy_model, shape: str) -> None:
+    """Logits of the attention that are capped, and sliding windows shorter than the prompt."""
+    engines = [start_engine(dummy_model(shape, weights=0), name, **ARGUMENTS) for name in ("tq-k8v8", "auto")]
+    assert_next_to_each_other(*engines, PROMPTS, near=0.1)
+
+
+def test_fewer_bits_are_further_away(start_engine, dummy_model) -> None:
+    """The comparison above can fail: at two bits it does."""
+    engines = [
+        start_engine(dummy_model("GEMMA2", weights=0), name, **ARGUMENTS) for name in ("tq-k2v2", "auto")
+    ]
+    with pytest.raises(AssertionError):
+        assert_next_to_each_other(*engines, PROMPTS, near=0.1)
