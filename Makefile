@@ -61,7 +61,7 @@ bench-kernels: dev ## the kernels' speed beside FlashAttention-3 and vLLM's; wri
 	$(BIN)/tq bench kernels
 
 bench-engine: dev ## whole engines beside each other, GROUP="decode prefill"; writes docs/benchmarks
-	$(BIN)/tq bench engine $(GROUP:%=--group %)
+	$(BIN)/tq bench engine $(foreach group,$(GROUP),--group $(group))
 
 mutants: dev ## named mutations of codec and byte counts, each of which a test must catch
 	$(BIN)/python tests/mutants.py
