@@ -92,10 +92,10 @@ def test_nothing_beside_the_pages_grows_with_tokens(start) -> None:
     ids=["llama-k4v4", "llama-mixed", "gemma3-k4v4", "gemma3-k3v2"],
 )
 def test_the_reported_baseline_is_what_a_bf16_engine_has(start, shape, name, plan) -> None:
-    from turboquant_runtime.adapters import vllm_0_25
+    from turboquant_runtime.adapters.baseline import measure_capacity
 
     engine = start(shape, name, plan)
-    capacity = vllm_0_25.measure_capacity(
+    capacity = measure_capacity(
         engine.config,
         [engine.runner.get_kv_cache_spec()],
         [MEMORY],

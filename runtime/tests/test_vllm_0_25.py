@@ -242,12 +242,14 @@ def test_a_layer_without_our_format_keeps_its_spec(cache_spec) -> None:
 def test_the_baseline_undoes_every_format(adapter, cache_spec) -> None:
     import torch
 
+    from turboquant_runtime.adapters import baseline
+
     for fmt in COMPRESSED_FORMATS:
         config = engine_config(fmt.name)
         config.model_config.dtype = torch.bfloat16
         for head_dim in HEAD_DIMS:
-            spec = adapter._uncompressed(
-                cache_spec(fmt.name, head_dim), "layers.1", config, adapter.uncompressed_config(config)
+            spec = baseline._uncompressed(
+                cache_spec(fmt.name, head_dim), "layers.1", config, baseline.uncompressed_config(config)
             )
             assert (spec.head_size, spec.dtype) == (head_dim, torch.bfloat16)
 

@@ -55,7 +55,7 @@ def test_answers_are_next_to_those_of_the_uncompressed_cache(engines, tokens, sh
 @pytest.mark.parametrize("shape", ["linear attention", "Mamba"])
 def test_the_reported_baseline_of_a_hybrid_is_what_a_bf16_engine_has(engines, shape) -> None:
     """In bf16 a block has fewer tokens, so that it is as large as a state."""
-    from turboquant_runtime.adapters.vllm_0_25 import measure_capacity
+    from turboquant_runtime.adapters.baseline import measure_capacity
 
     compressed, plain = engines(shape)
     capacity = measure_capacity(compressed.config, [compressed.runner.get_kv_cache_spec()], [64 << 20])

@@ -1,4 +1,4 @@
-"""Every touch of vLLM 0.25.1's internals: what is patched, why, and nothing else.
+"""Every patch of vLLM 0.25.1's internals: what, why, and nothing else.
 
 vLLM 0.25.1 has no hook for a KV-cache format from outside, so `install` extends it in eight places. Each
 function below that patches says which symbol, why, and what it leaves alone; `tests/test_vllm_0_25.py` fails
@@ -17,7 +17,6 @@ by name when a symbol changes. With none of our formats chosen every patch calls
 """
 
 import argparse
-import copy
 import json
 import sys
 from collections.abc import Callable
@@ -29,23 +28,22 @@ import msgspec
 import pydantic.dataclasses
 import torch
 import vllm.config.cache
-import vllm.envs
 import vllm.utils.torch_utils
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
-from turboquant_kernels.formats import COMPRESSED_FORMATS, HEAD_DIMS, KVFormat
+from turboquant_kernels.formats import COMPRESSED_FORMATS, KVFormat
 from turboquant_kernels.packing import PAGE_LAYOUT_VERSION
 from turboquant_kernels.plans import KVPlan
+from turboquant_runtime.adapters.baseline import measure_capacity
+from turboquant_runtime.adapters.engine_config import facts_of, layer_format, plan_of
 from turboquant_runtime.capacity import REPORTED, CacheCapacity
 from turboquant_runtime.configuration import (
     CACHE_DTYPES,
-    EngineFacts,
     RefusedConfiguration,
     check_servable,
     plain_layers,
-    requested_plan,
 )
 
 BACKENDS = {
@@ -64,37 +62,6 @@ def install() -> None:
     align_hybrids()
     if "vllm.v1.engine.core" in sys.modules:
         report_capacity()
-
-
-def plan_of(vllm_config: VllmConfig) -> KVPlan | None:
-    """The KV plan of an engine; None where none of our formats is chosen.
-
-    It describes the target model, also where the configuration is that of its draft model.
-    """
-    additional = vllm_config.additional_config
-    speculative = vllm_config.speculative_config
-    target = speculative.target_model_config if speculative else None
-    return requested_plan(
-        vllm_config.cache_config.cache_dtype,
-        additional if isinstance(additional, dict) else {},
-        (target or vllm_config.model_config).get_total_num_hidden_layers(),
-    )
-
-
-def layer_format(vllm_config: VllmConfig, layer_name: str) -> KVFormat:
-    """The format of one attention layer of an engine that has a KV plan.
-
-    The number in the layer's name (`model.layers.3.self_attn.attn`) is its place in the plan. The layers of a
-    draft model, which come after the target's or have a name of their own, take the format of
-    `--kv-cache-dtype`.
-    """
-    from vllm.model_executor.models.utils import extract_layer_index
-
-    plan, index = plan_of(vllm_config), extract_layer_index(layer_name)
-    assert plan is not None, "only layers with a compressed format are asked for"
-    if index >= len(plan.layers) or layer_name.startswith("draft_model."):
-        return KVFormat.parse(vllm_config.cache_config.cache_dtype)
-    return plan.layers[index]
 
 
 def accept_cache_dtypes() -> None:
@@ -152,7 +119,7 @@ def refuse_early(accept: Callable[[VllmConfig], None]) -> None:
         try:
             plan = plan_of(vllm_config)
             if plan is not None:
-                check_servable(plan, _facts(vllm_config))
+                check_servable(plan, facts_of(vllm_config))
                 _keep_plain(plan, vllm_config.cache_config.kv_cache_dtype_skip_layers)
                 accept(vllm_config)
         except RefusedConfiguration:
@@ -165,48 +132,6 @@ def refuse_early(accept: Callable[[VllmConfig], None]) -> None:
 def _keep_plain(plan: KVPlan, skip_layers: list[str]) -> None:
     """Adds a plan's plain layers to vLLM's list, once however often vLLM checks a configuration."""
     skip_layers.extend(str(index) for index in plain_layers(plan) if str(index) not in skip_layers)
-
-
-def _facts(vllm_config: VllmConfig) -> EngineFacts:
-    model, multimodal = vllm_config.model_config, vllm_config.model_config.multimodal_config
-    parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
-    draft = speculative.draft_model_config if speculative else None
-    return EngineFacts(
-        device="rocm" if current_platform.is_rocm() else current_platform.device_type,
-        compute_capability=_compute_capability(),
-        dtype=str(model.dtype).removeprefix("torch."),
-        num_layers=model.get_total_num_hidden_layers(),
-        head_dim=model.get_head_size(),
-        draft_head_dim=draft.get_head_size() if draft else None,
-        block_size=vllm_config.cache_config.block_size,
-        mla=model.use_mla,
-        encoder_decoder=model.is_encoder_decoder,
-        hybrid=model.is_hybrid,
-        chunked_local_attention=getattr(model.hf_text_config, "attention_chunk_size", None) is not None,
-        bidirectional_images=model.is_mm_prefix_lm
-        and multimodal is not None
-        and multimodal.get_limit_per_prompt("image") > 0,
-        context_parallel=parallel.decode_context_parallel_size * parallel.prefill_context_parallel_size > 1,
-        dual_batch=parallel.use_ubatching,
-        kv_connector=_kv_connector(vllm_config),
-    )
-
-
-def _kv_connector(vllm_config: VllmConfig) -> str | None:
-    """The connector that is asked for by name, or that vLLM will make of `--kv-offloading-size`."""
-    if vllm_config.kv_transfer_config is not None and vllm_config.kv_transfer_config.kv_connector:
-        return vllm_config.kv_transfer_config.kv_connector
-    if vllm_config.cache_config.kv_offloading_size is None:
-        return None
-    if vllm_config.cache_config.kv_offloading_backend != "native":
-        return vllm_config.cache_config.kv_offloading_backend
-    return "SimpleCPUOffloadConnector" if vllm.envs.VLLM_USE_SIMPLE_KV_OFFLOAD else "OffloadingConnector"
-
-
-def _compute_capability() -> tuple[int, int] | None:
-    """Of a GPU; None on other devices."""
-    capability = current_platform.get_device_capability() if current_platform.is_cuda() else None
-    return (capability.major, capability.minor) if capability else None
 
 
 def _print_refusals_in_one_line() -> None:
@@ -424,76 +349,3 @@ def identify_pages() -> None:
 def page_identity(start: bytes, plan: KVPlan, hash_fn: Callable[[Any], bytes]) -> bytes:
     """The hash before a sequence's first block: vLLM's own, and what its pages are stored by."""
     return hash_fn((start, PAGE_LAYOUT_VERSION, json.dumps(plan.to_dict(), sort_keys=True)))
-
-
-def measure_capacity(
-    vllm_config: VllmConfig, specs: list[dict[str, Any]], memory: list[int]
-) -> CacheCapacity:
-    """The capacity that an uncompressed cache would have in this engine's memory.
-
-    `specs` are the layers' cache specs of each worker, `memory` its bytes. The baseline is laid out by
-    vLLM's own functions, so that it is exact with sliding windows and layers of mixed sizes too; the
-    smallest of the workers counts, as it does in vLLM.
-    """
-    from vllm.v1.core import kv_cache_utils
-
-    baseline_config = uncompressed_config(vllm_config)
-    tokens = []
-    for worker_specs, worker_memory in zip(specs, memory, strict=True):
-        plain = {
-            name: _uncompressed(spec, name, vllm_config, baseline_config)
-            for name, spec in worker_specs.items()
-        }
-        groups = kv_cache_utils.get_kv_cache_groups(baseline_config, plain)
-        layout = kv_cache_utils.get_kv_cache_config_from_groups(baseline_config, groups, worker_memory)
-        tokens.append(kv_cache_utils.get_kv_cache_capacity(baseline_config, layout)[0])
-    bytes_per_token = max(
-        sum(spec.page_size_bytes / spec.block_size for spec in worker.values()) for worker in specs
-    )
-    return CacheCapacity(baseline_tokens=min(tokens), bytes_per_token=bytes_per_token)
-
-
-def uncompressed_config(vllm_config: VllmConfig) -> VllmConfig:
-    """The engine's configuration as it would be without a format of ours, as far as it lays out a cache."""
-    config = copy.copy(vllm_config)
-    config.additional_config = {}
-    config.cache_config = cache_config = copy.copy(vllm_config.cache_config)
-    cache_config.cache_dtype = "auto"
-    # A fixed number of blocks would be a fixed number of tokens, whatever a token takes.
-    cache_config.num_gpu_blocks_override = None
-    if vllm_config.model_config.is_hybrid:
-        if not cache_config.user_specified_block_size:
-            cache_config.block_size = cache_config.DEFAULT_BLOCK_SIZE
-        cache_config.mamba_page_size_padded = None
-        backend = resolve_obj_by_qualname(BACKENDS[current_platform.device_type])
-        type(current_platform)._align_hybrid_block_size(config, backend)
-    return config
-
-
-def _uncompressed(spec: Any, layer_name: str, vllm_config: VllmConfig, baseline_config: VllmConfig) -> Any:
-    """The spec that a layer would have in the model's own dtype.
-
-    In a hybrid that has other blocks, which are as large as a state, and a state is padded to those.
-    """
-    from vllm.v1.kv_cache_interface import MambaSpec
-
-    cache_config, hybrid = baseline_config.cache_config, vllm_config.model_config.is_hybrid
-    if isinstance(spec, MambaSpec):
-        own_blocks = spec.block_size != vllm_config.cache_config.block_size
-        return replace(
-            spec,
-            block_size=spec.block_size if own_blocks else cache_config.block_size,
-            page_size_padded=cache_config.mamba_page_size_padded,
-        )
-    block_size = cache_config.block_size if hybrid else spec.block_size
-    if spec.dtype != torch.uint8:
-        return replace(spec, block_size=block_size)
-    fmt = layer_format(vllm_config, layer_name)
-    head_dim = next(dim for dim in HEAD_DIMS if fmt.slot_bytes(dim) == 2 * spec.head_size)
-    return replace(
-        spec,
-        block_size=block_size,
-        head_size=head_dim,
-        head_size_v=head_dim,
-        dtype=vllm_config.model_config.dtype,
-    )

@@ -29,7 +29,9 @@ from vllm.platforms import current_platform
 
 from turboquant_kernels.formats import COMPRESSED_FORMATS
 from turboquant_runtime.adapters import vllm_0_25
-from turboquant_runtime.adapters.vllm_0_25 import layer_format, lengthen_drafts_on_the_host, valid_backend
+from turboquant_runtime.adapters.baseline import uncompressed_config
+from turboquant_runtime.adapters.engine_config import layer_format
+from turboquant_runtime.adapters.vllm_0_25 import lengthen_drafts_on_the_host, valid_backend
 from turboquant_runtime.capacity import CacheCapacity
 from turboquant_runtime.configuration import CACHE_DTYPES, RefusedConfiguration
 
@@ -143,10 +145,10 @@ def report_capacity() -> None:
 def measure_capacity(
     vllm_config: VllmConfig, specs: list[dict[str, Any]], memory: list[int]
 ) -> CacheCapacity:
-    """As `vllm_0_25.measure_capacity`, with the functions and spec fields of this version; no hybrids."""
+    """As `baseline.measure_capacity`, with the functions and spec fields of this version; no hybrids."""
     from vllm.v1.core import kv_cache_planning, kv_cache_utils
 
-    baseline = vllm_0_25.uncompressed_config(vllm_config)
+    baseline = uncompressed_config(vllm_config)
     tokens = []
     for worker_specs, worker_memory in zip(specs, memory, strict=True):
         plain = {name: _uncompressed(spec, vllm_config) for name, spec in worker_specs.items()}

@@ -15,7 +15,7 @@ from vllm.v1.attention.backend import MultipleOf
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from turboquant_kernels.formats import PAGE_TOKENS
-from turboquant_runtime.adapters.vllm_0_25 import plan_of
+from turboquant_runtime.adapters.engine_config import plan_of
 from turboquant_runtime.backends import cpu, cuda
 
 

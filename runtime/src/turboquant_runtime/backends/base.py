@@ -14,7 +14,7 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, Attention
 
 from turboquant_kernels.codec import Codec
 from turboquant_kernels.formats import HEAD_DIMS, PAGE_TOKENS, KVFormat
-from turboquant_runtime.adapters.vllm_0_25 import layer_format, plan_of
+from turboquant_runtime.adapters.engine_config import layer_format, plan_of
 from turboquant_runtime.configuration import CACHE_DTYPES, RefusedConfiguration
 
 
