@@ -54,7 +54,7 @@ test-cluster: dev ## the operator against a real API server, and the demo as a t
 test-aot: dev ## every kernel variant that ships, compiled for sm_80, sm_90 and sm_100; needs no GPU
 	$(BIN)/python kernels/tests/aot/resources.py --all $(AOT_ARGS)
 
-test-gpu: dev ## the kernels on this machine's GPU; writes kernels/tests/gpu/result.json
+test-gpu: dev ## kernels, and the engine where vLLM's CUDA build is installed, on this machine's GPU; writes kernels/tests/gpu/result.json
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
 bench-kernels: dev ## the kernels' speed beside FlashAttention-3 and vLLM's; writes docs/benchmarks

