@@ -174,6 +174,35 @@ def test_options_of_a_layer_reach_both_roads(make_impl, device, option: str) -> 
         assert not torch.allclose(plain[rows], expected[rows], atol=0.02, rtol=0.02)
 
 
+def test_layers_share_a_schedule_within_one_pass_through_a_model(device, monkeypatch) -> None:
+    """A draft model that is handed the target's batch makes its own: its graph is replayed alone."""
+    from turboquant_kernels.decode.launch import Workspace
+    from turboquant_runtime.backends import step
+
+    class Pass:
+        """Stands for vLLM's forward context."""
+
+    made, current = [], Pass()
+    monkeypatch.setattr(Workspace, "deal_out", lambda workspace, *lengths: made.append(lengths))
+    monkeypatch.setattr(step, "is_forward_context_available", lambda: True)
+    monkeypatch.setattr(step, "get_forward_context", lambda: current)
+    codec = Codec(KVFormat(4, 4), HEAD_DIM)
+    cache = torch.zeros(1, BLOCK, KV_HEADS, codec.fmt.slot_bytes(HEAD_DIM), dtype=torch.uint8, device=device)
+    decodes = step_of_lengths([7, 9], device).decodes
+    for passes in (1, 2):
+        for _ in range(3):
+            decodes.workspace(codec, cache, HEADS, None)
+        assert len(made) == passes
+        current = Pass()
+
+
+def step_of_lengths(lengths: list[int], device: torch.device):
+    """A step of one query token each."""
+    from turboquant_runtime.backends.step import step_of
+
+    return step_of(Batch([n - 1 for n in lengths], [1] * len(lengths), device).description(), 1, device)
+
+
 def test_memory_is_measured_with_both_roads_in_it(make_impl, device, monkeypatch) -> None:
     """Without cache and metadata a layer plays a step of the largest batch; one of each shape does."""
     from turboquant_runtime.backends import rehearsal

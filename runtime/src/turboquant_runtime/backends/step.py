@@ -4,12 +4,14 @@ The metadata builder makes these from vLLM's description of the batch. The decod
 tiles depend on layers' shapes and windows: the first layer that asks makes them, the others get the same.
 """
 
+import weakref
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from vllm.config import VllmConfig
+from vllm.forward_context import ForwardContext, get_forward_context, is_forward_context_available
 from vllm.v1.attention.backend import AttentionMetadata, CommonAttentionMetadata
 
 from turboquant_kernels.codec import Codec
@@ -34,15 +36,27 @@ class Decodes:
     block_table: torch.Tensor
     """int32 [num_seqs, max_blocks]: the blocks that hold each sequence, in order."""
     _workspaces: dict[tuple[Any, ...], Workspace] = field(default_factory=dict)
+    _pass: weakref.ref[ForwardContext] | None = None
 
     def workspace(self, codec: Codec, kv_cache: torch.Tensor, q_heads: int, window: int | None) -> Workspace:
-        """Buffers with this step's schedule; layers of the same shape and window share it."""
+        """Buffers with this step's schedule; layers of the same shape and window share it.
+
+        Within one pass through a model: a draft model that is handed the target's batch has a graph of its
+        own, which must not count on the target's graph having been run before it.
+        """
+        self._forget_other_passes()
         key = (codec, kv_cache.shape[1:], kv_cache.stride(0), q_heads, window)
         if key not in self._workspaces:
             workspace = workspace_of(codec, kv_cache, len(self.seq_lens), self.query_len, q_heads, window)
             workspace.deal_out(self.seq_lens, window)
             self._workspaces[key] = workspace
         return self._workspaces[key]
+
+    def _forget_other_passes(self) -> None:
+        context = get_forward_context() if is_forward_context_available() else None
+        if context is not None and (self._pass is None or self._pass() is not context):
+            self._workspaces.clear()
+            self._pass = weakref.ref(context)
 
 
 @dataclass
