@@ -9,6 +9,15 @@ def test_a_node_is_read_from_labels_and_allocatable():
     assert NodeGPUs.from_node(LABELS, {"nvidia.com/gpu": "4"}) == NodeGPUs("NVIDIA-L4", 4, 23_034)
 
 
+def test_a_node_says_the_compute_capability_of_its_gpus():
+    labels = {**LABELS, "nvidia.com/gpu.compute.major": "8"}
+    node = NodeGPUs.from_node(labels, {"nvidia.com/gpu": "4"})
+    assert node is not None
+    assert node.compute_major == 8
+    (found,) = find_accelerators("auto", [node])
+    assert found.compute_major == 8
+
+
 def test_a_node_without_gpus_or_label_counts_for_nothing():
     assert NodeGPUs.from_node(LABELS, {"cpu": "8"}) is None
     assert NodeGPUs.from_node({}, {"nvidia.com/gpu": "4"}) is None

@@ -324,6 +324,40 @@ class TestAccelerator:
         )
         assert plan.accelerator == "nvidia-next-192gb"
 
+    V100 = NodeGPUs("Tesla-V100-SXM2-32GB", 8, 32_768, 7)
+
+    @pytest.mark.parametrize("wanted", ["auto", "tq-k4v4"])
+    def test_a_gpu_that_cannot_serve_compressed_caches_is_refused(self, spec, facts, wanted):
+        asked = spec(accelerator={"type": "auto"}, kvCache={"format": wanted})
+        answer = refusal(asked, facts("gemma-3-270m"), nodes=[self.V100])
+        assert answer.reason == "UnsupportedAccelerator"
+        assert "kvCache.format bf16" in answer.message
+
+    def test_it_serves_uncompressed_ones(self, spec, facts):
+        asked = spec(accelerator={"type": "auto"}, kvCache={"format": "bf16"})
+        assert planned(asked, facts("gemma-3-270m"), nodes=[self.V100]).accelerator == "tesla-v100-sxm2-32gb"
+
+    def test_beside_it_another_gpu_is_taken(self, spec, facts):
+        plan = planned(
+            spec(accelerator={"type": "auto"}), facts("gemma-3-270m"), nodes=[self.V100, self.H100]
+        )
+        assert plan.accelerator == "nvidia-h100-80gb"
+
+    @pytest.mark.parametrize("wanted", ["auto", "tq-k4v4"])
+    def test_float32_models_are_not_compressed_on_gpus(self, spec, facts, wanted):
+        asked = spec(kvCache={"format": wanted}, engine={"args": ["--dtype=float32"]})
+        answer = refusal(asked, facts("gemma-3-270m"))
+        assert answer.reason == "InvalidEngineArgument"
+        assert "--dtype=bfloat16" in answer.message
+
+    def test_float32_models_are_compressed_on_cpus(self, spec, facts):
+        asked = spec(
+            accelerator={"type": "cpu"},
+            kvCache={"format": "tq-k4v4", "memory": "1Gi"},
+            engine={"args": ["--dtype=float32"]},
+        )
+        assert planned(asked, facts("gemma-3-270m")).format == "tq-k4v4"
+
 
 class TestReport:
     def test_baseline_is_the_same_memory_in_the_models_dtype(self, spec, facts):

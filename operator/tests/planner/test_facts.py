@@ -245,6 +245,18 @@ def test_a_number_that_is_none_is_named(config, field, value):
 ODD_VALUES = [None, True, 0, -1, 7, 2**70, 0.5, 1e300, "", "8", [], [1], ["full_attention"], {}, {"a": {}}]
 
 
+@pytest.mark.parametrize("layers", ["", [], {}])
+def test_an_empty_start_of_the_windows_is_none(config, layers):
+    odd = {**config("qwen2.5-7b"), "use_sliding_window": True, "max_window_layers": layers}
+    assert isinstance(read_facts(odd), ModelFacts)
+
+
+def test_a_start_of_the_windows_that_is_no_number_is_named(config):
+    answer = read_facts({**config("qwen2.5-7b"), "use_sliding_window": True, "max_window_layers": "8"})
+    assert answer.reason == "MissingModelFacts"
+    assert "max_window_layers" in answer.message
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
 @settings(max_examples=50, deadline=None)
 @given(st.data())

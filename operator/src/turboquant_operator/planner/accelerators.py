@@ -16,6 +16,7 @@ from turboquant_operator.planner.outcome import NoPlan, unknown
 CPU = "cpu"
 PRODUCT_LABEL = "nvidia.com/gpu.product"
 MEMORY_LABEL = "nvidia.com/gpu.memory"
+COMPUTE_MAJOR_LABEL = "nvidia.com/gpu.compute.major"
 GPU_RESOURCE = "nvidia.com/gpu"
 
 GPUS_PER_NODE = 8
@@ -37,6 +38,8 @@ class Accelerator:
     memory_mib: int
     gpus_per_node: int = GPUS_PER_NODE
     reserved_mib: int = RESERVED_MIB
+    compute_major: int | None = None
+    """Its compute capability before the dot, as nodes are labelled; None where nobody says."""
 
     @property
     def total_bytes(self) -> int:
@@ -51,6 +54,7 @@ class NodeGPUs:
     product: str
     allocatable: int
     memory_mib: int | None = None
+    compute_major: int | None = None
 
     @classmethod
     def from_node(cls, labels: Mapping[str, str], allocatable: Mapping[str, str]) -> "NodeGPUs | None":
@@ -59,8 +63,12 @@ class NodeGPUs:
         product = labels.get(PRODUCT_LABEL)
         if not product or not count.isdigit() or count == "0":
             return None
-        memory = labels.get(MEMORY_LABEL, "")
-        return cls(product, int(count), int(memory) if memory.isdigit() else None)
+
+        def number(label: str) -> int | None:
+            value = labels.get(label, "")
+            return int(value) if value.isdigit() else None
+
+        return cls(product, int(count), number(MEMORY_LABEL), number(COMPUTE_MAJOR_LABEL))
 
 
 @cache
@@ -126,5 +134,6 @@ def _of_nodes(nodes: Iterable[NodeGPUs]) -> tuple[Accelerator, ...]:
             min(memory, before.memory_mib) if before else memory,
             max(node.allocatable, before.gpus_per_node) if before else node.allocatable,
             known.reserved_mib if known else RESERVED_MIB,
+            node.compute_major,
         )
     return tuple(sorted(found.values(), key=lambda gpu: (gpu.memory_mib, gpu.name)))

@@ -30,6 +30,9 @@ LONG_CONTEXT_VARIABLE = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
 _CPU_FP8_ELEMENTS = 32
 """vLLM 0.25.1 on CPU (v1/attention/backends/cpu_attn.py)."""
 
+_MIN_COMPUTE_MAJOR = 8
+"""Compute capability of GPUs whose engine serves compressed caches, before the dot."""
+
 _TEXT_ONLY = """add --limit-mm-per-prompt={"image": 0} to engine.args for text alone"""
 
 
@@ -122,6 +125,23 @@ def _check_plan(kv_plan: KVPlan) -> NoPlan | None:
         )
     if not any(fmt.compressed for fmt in kv_plan.layers):
         return refused("InvalidKVPlan", "The KV plan compresses no layer: use kvCache.format bf16 instead.")
+    return None
+
+
+def _check_gpu(gpu: Accelerator, facts: ModelFacts) -> NoPlan | None:
+    """What the engine would refuse of a compressed cache on this GPU."""
+    if gpu.compute_major is not None and gpu.compute_major < _MIN_COMPUTE_MAJOR:
+        return refused(
+            "UnsupportedAccelerator",
+            f"Compressed caches need GPUs of compute capability {_MIN_COMPUTE_MAJOR}.0 or newer and those of "
+            f"{gpu.name} have {gpu.compute_major}.x: use another accelerator.type, or kvCache.format bf16.",
+        )
+    if facts.dtype == "float32":
+        return refused(
+            "InvalidEngineArgument",
+            "A compressed cache on GPUs needs a model in bfloat16 or float16, not float32: add "
+            "--dtype=bfloat16 to engine.args, or use kvCache.format bf16.",
+        )
     return None
 
 
@@ -259,6 +279,9 @@ def _plan_on(gpu: Accelerator | None, request: _Request) -> Plan | NoPlan:
     if isinstance(candidates, NoPlan):
         return candidates
     choices, reasons = candidates
+    compresses = any(fmt.compressed for choice in choices for fmt in choice.formats)
+    if gpu is not None and compresses and (problem := _check_gpu(gpu, facts)):
+        return problem
 
     def option(choice: Choice, tensor: int) -> Option:
         memory = _cache_memory(spec, gpu, facts, settings, tensor)

@@ -220,7 +220,7 @@ def _windows(
     window = text.get("sliding_window") or None
     if family.window_switch and not text.get(family.window_switch):
         window = None
-    if family.window_switch and window and 0 < text.get("max_window_layers", layers) < layers:
+    if family.window_switch and window and (text.get("max_window_layers") or layers) < layers:
         return refused(
             "UnsupportedAttention",
             f"{architecture} has a sliding window from layer {text['max_window_layers']} on "
