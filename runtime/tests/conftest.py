@@ -2,7 +2,7 @@
 
 vLLM's settings are read when it is first imported, so they are set here, before any test module is. Engines
 run in this process (no engine-core process, no worker process): a start costs seconds, and tests can look at
-the real cache tensors and logits. What only a server shows is tested on one (`test_server.py`).
+the real cache tensors and logits. What only a server shows is tested on one (`test_engine_server.py`).
 """
 
 import os

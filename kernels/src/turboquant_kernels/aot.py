@@ -1,9 +1,9 @@
 """Kernel variants as data, and what each becomes on a GPU that is not at hand.
 
-A kernel module's `variants()` lists every specialization that ships. Triton's own ptxas turns one into a
-cubin for any target without a GPU, and the cuobjdump and nvdisasm beside it say how many registers it takes,
-what it spills and how many instructions it has. The tests hold these to a recorded bound, and a release that
-would not compile for some GPU fails on a laptop.
+A kernel module's `variants()` lists specializations of its kernels. Triton's own ptxas turns one into a
+cubin for any target without a GPU, and the cuobjdump and nvdisasm beside it say how many registers it
+takes, what it spills and how many instructions it has. The tests hold these to a recorded bound, and a
+release that would not compile for some GPU fails on a laptop.
 """
 
 import os

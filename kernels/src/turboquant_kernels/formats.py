@@ -164,7 +164,7 @@ TIERS = {
     "max-capacity": KVFormat(4, 2),
 }
 """Quality tiers, best first, each by its uniform format. Keys want about two bits more than values at the
-same total: measured KL on three small models in docs/fidelity.md."""
+same total: measured KL on Gemma-3-270m in docs/fidelity.md."""
 
 
 def tier_of(fmt: KVFormat) -> str | None:

@@ -20,7 +20,7 @@ _EVEN_HALVES, _ODD_HALVES = "0x6240", "0x7351"
 
 
 def levels_ptx(bits: int, head_dim: int, *, bf16: bool) -> str:
-    """PTX for `load_levels`, an empty string where it has none: then it takes the plain way.
+    """PTX for `unpack.load_keys` and `load_values`, an empty string where they take the plain way.
 
     Inputs are registers of four bytes of codes, outputs registers of four int8 or pairs of bf16. 5 and 6 bits
     (keys) need whole groups of 32 coordinates.

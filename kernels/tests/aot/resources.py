@@ -2,7 +2,7 @@
 
     python kernels/tests/aot/resources.py            the named variants for sm_90, as JSON
     python kernels/tests/aot/resources.py --record   and holds them to that from now on: bounds.json
-    python kernels/tests/aot/resources.py --all      every variant that ships, for each of its targets
+    python kernels/tests/aot/resources.py --all      every listed variant, for each of its targets
 
 `make test` runs the first form in a process of its own, since the tests around it run Triton's interpreter,
 and `make test-aot` the last, which exits with 1 if a variant does not compile. The named variants are those

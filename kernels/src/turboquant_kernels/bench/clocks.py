@@ -1,9 +1,9 @@
 """The two clocks, and the card's copy bandwidth.
 
-`do_bench` flushes the L2 cache before each call by writing to it; the lines so dirtied are written back while
-the kernel runs, so that a pure stream over 277 MB takes 14% longer under it than back to back (measured on an
-H100). `rotating` has calls follow one another as layers do in an engine, each on another cache, so that none
-finds its bytes in L2.
+`do_bench` flushes the L2 cache before each call by writing to it; the lines so dirtied are written back
+while the kernel runs, so that a pure stream over 277 MB takes 14% longer under it than back to back
+(measured on an H100). `rotating_ms` has calls follow one another as layers do in an engine, each on
+another cache, so that none finds its bytes in L2.
 """
 
 import statistics

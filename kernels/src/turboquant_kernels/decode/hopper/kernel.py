@@ -146,6 +146,15 @@ def decode_kernel(
     SOFT_CAP: gl.constexpr,
     FUSED: gl.constexpr,
 ):
+    """Partial results of one item, R rows of one KV head; with FUSED the last of a sequence merges them.
+
+    partial, stats: as `launch.Workspace` has them. queries, query_scale, query_half_sum: those of
+    `QuantizedQueries`. kv_cache: int32 words, blocks `block_stride` words apart. block_table: int32
+    [num_seqs, `block_table_stride`]. seq_lens: int32 [num_seqs]. items, splits: as `schedule.Schedule`
+    has them. tables: int32 [words, 32], the words of the fragments' tables for keys, then values.
+    attended_out, counters, sinks: as `launch.Merged` has them, None without FUSED. window: positions that
+    a query sees, with WINDOW. soft_cap: times log2(e), with SOFT_CAP. unit: what sums of values count in.
+    """
     T: gl.constexpr = P * 16
     N: gl.constexpr = 2 * R
     KEY_BLOCKS: gl.constexpr = blocks_of(D, 128)
@@ -194,6 +203,7 @@ def decode_kernel(
     token = sequence * query_len + row // G
     query_head = head * G + row % G
     q_row = ((token * (KV_HEADS * G) + query_head) * 2 + column % 2) * D
+    # Zeros that give a tensor its dimension of warps, each of which holds a copy.
     no_warp = gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, B)))[:, None, None] * 0
     q = ()
     used = (row < total_rows) & (no_warp == 0)

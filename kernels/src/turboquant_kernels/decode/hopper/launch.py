@@ -164,8 +164,7 @@ def value_unit(codec: Codec) -> float:
 
 
 def variants() -> Iterator[AotVariant]:
-    """Formats of the tiers and of the benchmarks at every head dimension, the others at 128, one and more
-    rows."""
+    """Formats of the benchmarks at every head dimension, a few others at 128, one and more rows."""
     pointers = {"partial": "*fp32", "stats": "*fp32", "queries": "*i8", "query_scale": "*fp32"}
     pointers |= {"query_half_sum": "*fp32", "kv_cache": "*i32", "block_table": "*i32", "seq_lens": "*i32"}
     pointers |= {

@@ -271,6 +271,7 @@ def load_queries(
     else:
         within = 4 * register + byte
     coordinate = (k // 4 % 4) * (BLOCK // 4) + within
+    # The second condition always holds: it gives the mask the shape of what is loaded.
     return gl.load(queries + q_row + coordinate, mask=seen & (coordinate >= 0), other=0)
 
 

@@ -180,7 +180,7 @@ def add_sums(attended, decay, sums):
 
 @gluon.jit
 def no_attended(W: gl.constexpr, M: gl.constexpr, R: gl.constexpr, mma: gl.constexpr):
-    """Zeros, float32 [W, M, R], as `add_attended` lays its result out."""
+    """Zeros, float32 [W, M, R], as `add_sums` lays its result out."""
     zero, _ = gl.split(gl.reshape(gl.full([W, M, 2 * R], 0.0, gl.float32, mma), [W, M, R, 2]))
     return zero
 
