@@ -14,6 +14,7 @@ import torch
 
 from turboquant_kernels.bench.clocks import Call
 from turboquant_kernels.bench.rows import Shape
+from turboquant_kernels.prefill.attention import Attend, flash_attend
 
 BLOCK_SIZE = 16
 
@@ -82,42 +83,11 @@ def _flash_attention(shape: Shape, device: torch.device, dtype: torch.dtype) -> 
     )
 
 
-def flash_attention() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+def flash_attention() -> Attend:
     """FlashAttention-3 as `prefill.attention.Attend`: what prefill attends to its tiles with."""
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
-    def attend(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        query_starts: torch.Tensor,
-        key_starts: torch.Tensor,
-        max_queries: int,
-        max_keys: int,
-        scale: float,
-        causal: bool,
-        window: int | None,
-        soft_cap: float | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        output, log_sum = flash_attn_varlen_func(
-            q=query,
-            k=key,
-            v=value,
-            cu_seqlens_q=query_starts,
-            max_seqlen_q=max_queries,
-            cu_seqlens_k=key_starts,
-            max_seqlen_k=max_keys,
-            softmax_scale=scale,
-            causal=causal,
-            window_size=[-1, -1] if window is None else [window - 1, 0],
-            softcap=soft_cap or 0.0,
-            return_softmax_lse=True,
-            fa_version=3,
-        )
-        return output, log_sum
-
-    return attend
+    return flash_attend(flash_attn_varlen_func, version=3)
 
 
 def prefill(shape: Shape, chunk: int, context: int, device: torch.device) -> Call:

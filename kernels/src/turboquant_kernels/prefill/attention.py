@@ -9,8 +9,8 @@ Every query reads every key and value as the cache stores it, those of its own c
 The attention kernel is passed in: vLLM's FlashAttention on a GPU, PyTorch in tests.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 import triton
@@ -50,6 +50,43 @@ class Attend(Protocol):
         own, the last `window`. Returns the output [n, q_heads, D] and the natural log-sum-exp of the scores,
         float32 [q_heads, n].
         """
+
+
+def flash_attend(varlen: Callable[..., Any], version: int | None) -> Attend:
+    """A FlashAttention of vLLM's signature (`flash_attn_varlen_func`), of a version, as `Attend`."""
+
+    def attend(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        query_starts: torch.Tensor,
+        key_starts: torch.Tensor,
+        max_queries: int,
+        max_keys: int,
+        scale: float,
+        causal: bool,
+        window: int | None,
+        soft_cap: float | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        output, log_sum = varlen(
+            q=query,
+            k=key,
+            v=value,
+            cu_seqlens_q=query_starts,
+            max_seqlen_q=max_queries,
+            cu_seqlens_k=key_starts,
+            max_seqlen_k=max_keys,
+            softmax_scale=scale,
+            causal=causal,
+            window_size=[-1, -1] if window is None else [window - 1, 0],
+            softcap=soft_cap or 0.0,
+            return_softmax_lse=True,
+            fa_version=version,
+        )
+        return output, log_sum
+
+    return attend
 
 
 def scratch_tokens(kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:

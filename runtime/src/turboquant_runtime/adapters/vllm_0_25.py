@@ -19,7 +19,7 @@ by name when a symbol changes. With none of our formats chosen every patch calls
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal, get_args
@@ -58,7 +58,7 @@ def install() -> None:
     """Patches the vLLM of this process; further calls do nothing."""
     accept_cache_dtypes()
     refuse_early(lambda vllm_config: report_capacity())
-    route_attention()
+    route_attention(BACKENDS, _give_pages_their_true_size)
     align_hybrids()
     if "vllm.v1.engine.core" in sys.modules:
         report_capacity()
@@ -150,8 +150,11 @@ def _print_refusals_in_one_line() -> None:
     sys.excepthook = excepthook
 
 
-def route_attention() -> None:
+def route_attention(backends: Mapping[str, str], size_pages: Callable[[], None]) -> None:
     """Gives layers with a compressed format our attention backend, all others the platform's own.
+
+    backends: paths by device type. size_pages: the patch of layers' cache specs, made with the first
+    compressed layer.
 
     Patched: `Platform.get_attn_backend_cls`. The CPU platform returns its one backend whatever is selected,
     and a selection by `--attention-backend` would capture the layers that keep the model's dtype too.
@@ -163,9 +166,9 @@ def route_attention() -> None:
         cls: type, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
     ) -> str:
         if attn_selector_config.kv_cache_dtype in CACHE_DTYPES:
-            _give_pages_their_true_size()
+            size_pages()
             lengthen_drafts_on_the_host()
-            return valid_backend(BACKENDS[current_platform.device_type], attn_selector_config)
+            return valid_backend(backends[current_platform.device_type], attn_selector_config)
         return original(selected_backend, attn_selector_config=attn_selector_config, num_heads=num_heads)
 
     platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
@@ -202,15 +205,20 @@ def _give_pages_their_true_size() -> None:
         spec = original(self, vllm_config)
         if spec is None or self.kv_cache_dtype not in CACHE_DTYPES:
             return spec
-        if self.head_size_v != self.head_size:
-            raise RefusedConfiguration(
-                f"{self.layer_name}: values of another head size ({self.head_size_v}) than keys "
-                f"({self.head_size}) cannot be compressed yet: start with --kv-cache-dtype auto"
-            )
-        slot_bytes = layer_format(vllm_config, self.layer_name).slot_bytes(self.head_size)
+        slot_bytes = slot_bytes_of(self, vllm_config)
         return replace(spec, head_size=slot_bytes // 2, head_size_v=slot_bytes // 2, dtype=torch.uint8)
 
     Attention.get_kv_cache_spec = get_kv_cache_spec
+
+
+def slot_bytes_of(layer: Any, vllm_config: VllmConfig) -> int:
+    """Bytes of a token and KV head of a compressed layer; RefusedConfiguration for uneven head sizes."""
+    if layer.head_size_v != layer.head_size:
+        raise RefusedConfiguration(
+            f"{layer.layer_name}: values of another head size ({layer.head_size_v}) than keys "
+            f"({layer.head_size}) cannot be compressed yet: start with --kv-cache-dtype auto"
+        )
+    return layer_format(vllm_config, layer.layer_name).slot_bytes(layer.head_size)
 
 
 @cache

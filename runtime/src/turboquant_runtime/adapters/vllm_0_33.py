@@ -25,13 +25,10 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
-from vllm.platforms import current_platform
 
 from turboquant_kernels.formats import COMPRESSED_FORMATS
 from turboquant_runtime.adapters import vllm_0_25
 from turboquant_runtime.adapters.baseline import uncompressed_config
-from turboquant_runtime.adapters.engine_config import layer_format
-from turboquant_runtime.adapters.vllm_0_25 import lengthen_drafts_on_the_host, valid_backend
 from turboquant_runtime.capacity import CacheCapacity
 from turboquant_runtime.configuration import CACHE_DTYPES, RefusedConfiguration
 
@@ -50,7 +47,7 @@ def install() -> None:
     logger.warning("turboquant-runtime has never been run on vLLM 0.33: prefer vLLM 0.25.1")
     register_cache_dtypes()
     vllm_0_25.refuse_early(accept)
-    route_attention()
+    vllm_0_25.route_attention(BACKENDS, _give_layers_their_own_size)
     if "vllm.v1.engine.core" in sys.modules:
         report_capacity()
 
@@ -88,26 +85,6 @@ def register_cache_dtypes() -> None:
         register_kv_cache_dtype(fmt.name)(type("Pages", (Pages,), {"name": fmt.name}))
 
 
-def route_attention() -> None:
-    """Gives layers with a compressed format our attention backend, all others the platform's own.
-
-    Patched: `Platform.get_attn_backend_cls`, for the reasons that `vllm_0_25.route_attention` has.
-    """
-    platform = type(current_platform)
-    original = platform.get_attn_backend_cls
-
-    def get_attn_backend_cls(
-        cls: type, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
-    ) -> str:
-        if attn_selector_config.kv_cache_dtype in CACHE_DTYPES:
-            _give_layers_their_own_size()
-            lengthen_drafts_on_the_host()
-            return valid_backend(BACKENDS[current_platform.device_type], attn_selector_config)
-        return original(selected_backend, attn_selector_config=attn_selector_config, num_heads=num_heads)
-
-    platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
-
-
 @cache
 def _give_layers_their_own_size() -> None:
     """Makes a compressed layer's cache spec count the bytes of this layer's format.
@@ -123,14 +100,9 @@ def _give_layers_their_own_size() -> None:
     def get_kv_cache_spec(self: Any, vllm_config: VllmConfig) -> Any:
         if self.kv_cache_dtype not in CACHE_DTYPES:
             return original(self, vllm_config)
-        if self.head_size_v != self.head_size:
-            raise RefusedConfiguration(
-                f"{self.layer_name}: values of another head size ({self.head_size_v}) than keys "
-                f"({self.head_size}) cannot be compressed yet: start with --kv-cache-dtype auto"
-            )
+        slot_bytes = vllm_0_25.slot_bytes_of(self, vllm_config)
         with set_current_vllm_config(vllm_config):  # a window's blocks are sized by `customize_spec`
             spec = original(self, vllm_config)
-        slot_bytes = layer_format(vllm_config, self.layer_name).slot_bytes(self.head_size)
         return spec and replace(spec, state_content_bytes=slot_bytes)
 
     Attention.get_kv_cache_spec = get_kv_cache_spec

@@ -5,12 +5,19 @@ layer, which knows the layer's format and refuses attention that compressed page
 `cuda` add how pages are written and read.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config
-from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionType, MultipleOf
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionType,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
 
 from turboquant_kernels.codec import Codec
 from turboquant_kernels.formats import HEAD_DIMS, PAGE_TOKENS, KVFormat
@@ -72,6 +79,9 @@ def _codec(fmt: KVFormat, head_dim: int, seed: int) -> Codec:
 class CompressedImpl(AttentionImpl):
     """One attention layer. Its format follows from the layer's name, which vLLM hands in with each call."""
 
+    _store: ClassVar[Callable[[Codec, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]]
+    """How the device writes pages: `store.reference.store`, or the kernel with the same arguments."""
+
     def __init__(
         self,
         num_heads: int,
@@ -108,6 +118,21 @@ class CompressedImpl(AttentionImpl):
         self._config = get_current_vllm_config()
         self._codecs: dict[str, Codec] = {}
 
+    def do_kv_cache_update(
+        self,
+        layer: Any,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Encodes new tokens into their pages.
+
+        key, value [num_tokens, kv_heads, head_dim]; kv_cache uint8 [num_blocks, block_size, kv_heads,
+        slot_bytes]; slot_mapping int64 [num_tokens], -1 for padding.
+        """
+        self._store(self.layer_codec(layer), key, value, kv_cache, slot_mapping)
+
     def layer_codec(self, layer: Any) -> Codec:
         """The codec of the layer that writes these pages: with cross-layer sharing not this one."""
         name = self.kv_sharing_target_layer_name or layer.layer_name
@@ -116,6 +141,12 @@ class CompressedImpl(AttentionImpl):
             assert plan is not None, "vLLM routes only layers with a compressed format here"
             self._codecs[name] = _codec(layer_format(self._config, name), self.head_size, plan.seed)
         return self._codecs[name]
+
+
+def refuse_other_than_causal(batch: CommonAttentionMetadata) -> None:
+    """Raises NotImplementedError for a batch whose tokens see later ones."""
+    if batch.causal is not True:
+        raise NotImplementedError("attention over compressed pages is causal")
 
 
 def refuse_quantized_output(

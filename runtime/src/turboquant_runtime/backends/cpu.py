@@ -20,7 +20,12 @@ from vllm.v1.attention.backend import (
 from turboquant_kernels.decode.reference import paged_attention
 from turboquant_kernels.decode.tiles import Tiles, tile_batch
 from turboquant_kernels.store.reference import store
-from turboquant_runtime.backends.base import CompressedBackend, CompressedImpl, refuse_quantized_output
+from turboquant_runtime.backends.base import (
+    CompressedBackend,
+    CompressedImpl,
+    refuse_other_than_causal,
+    refuse_quantized_output,
+)
 
 
 class CompressedCPUBackend(CompressedBackend):
@@ -72,8 +77,7 @@ class CompressedCPUMetadataBuilder(AttentionMetadataBuilder[CompressedCPUMetadat
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> CompressedCPUMetadata:
-        if common_attn_metadata.causal is not True:
-            raise NotImplementedError("attention over compressed pages is causal")
+        refuse_other_than_causal(common_attn_metadata)
         return CompressedCPUMetadata(
             num_actual_tokens=common_attn_metadata.num_actual_tokens,
             query_start_loc=common_attn_metadata.query_start_loc,
@@ -85,20 +89,7 @@ class CompressedCPUMetadataBuilder(AttentionMetadataBuilder[CompressedCPUMetadat
 class CompressedCPUImpl(CompressedImpl):
     """One attention layer, served by the torch reference."""
 
-    def do_kv_cache_update(
-        self,
-        layer: Any,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> None:
-        """Encodes new tokens into their pages.
-
-        key, value [num_tokens, kv_heads, head_dim]; kv_cache uint8 [num_blocks, block_size, kv_heads,
-        slot_bytes]; slot_mapping int64 [num_tokens], -1 for padding.
-        """
-        store(self.layer_codec(layer), key, value, kv_cache, slot_mapping)
+    _store = staticmethod(store)
 
     def forward(
         self,

@@ -82,24 +82,11 @@ class CompressedCUDAMetadataBuilder(AttentionMetadataBuilder[CompressedCUDAMetad
 class CompressedCUDAImpl(CompressedImpl):
     """One attention layer, served by the kernels."""
 
+    _store = staticmethod(store)
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._attend: Attend = flash_attention(self.head_size)
-
-    def do_kv_cache_update(
-        self,
-        layer: Any,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> None:
-        """Encodes new tokens into their pages.
-
-        key, value [num_tokens, kv_heads, head_dim]; kv_cache uint8 [num_blocks, block_size, kv_heads,
-        slot_bytes]; slot_mapping int64 [num_tokens], -1 for padding.
-        """
-        store(self.layer_codec(layer), key, value, kv_cache, slot_mapping)
 
     def forward(
         self,

@@ -18,6 +18,7 @@ from turboquant_kernels.codec import Codec
 from turboquant_kernels.decode.launch import Workspace
 from turboquant_kernels.prefill.attention import scratch_tokens
 from turboquant_kernels.prefill.tiles import Tile, plan_tiles
+from turboquant_runtime.backends.base import refuse_other_than_causal
 from turboquant_runtime.backends.division import divide
 from turboquant_runtime.backends.workspaces import workspace_of
 
@@ -118,8 +119,7 @@ def step_of(common: CommonAttentionMetadata, limit: int, device: torch.device) -
     limit: query tokens up to which a sequence is decoded. Raises NotImplementedError for a batch that is not
     causal.
     """
-    if common.causal is not True:
-        raise NotImplementedError("attention over compressed pages is causal")
+    refuse_other_than_causal(common)
     division = divide(common.query_start_loc_cpu.numpy(), limit)
     split, end = division.decodes, division.decodes + division.prefills
     decodes = prefills = None
