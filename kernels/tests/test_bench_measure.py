@@ -22,6 +22,7 @@ def fixture_clocks(monkeypatch):
     monkeypatch.setattr(measure.clocks, "rotating_ms", lambda calls: ([call() for call in calls], 1.0)[1])
     monkeypatch.setattr(measure, "RAGGED_LENGTHS", (10, 60))
     monkeypatch.setattr(measure, "PREFILL", ((32, 64),))
+    monkeypatch.setattr(measure, "HEAD_DIMS", (80,))
 
 
 @pytest.fixture
@@ -90,7 +91,10 @@ def test_the_run_holds_the_other_parts(benchmark):
     assert run.step == {"decode_graph_ms": 1.0, "step_graph_ms": 1.0, "overhead": 0.0}
     assert run.anchor["overhead"] == 0.0
     assert run.ragged["rate_fraction"] == pytest.approx(run.ragged["tokens"] / (4 * 50))
-    assert run.portable["relative_error"] < 1e-5
+    assert [Shape(*list(entry.values())[:5]) for entry in run.portable] == list(SHAPES)
+    assert all(entry["relative_error"] < 1e-5 for entry in run.portable)
+    assert {entry["vllm_turboquant_speedup"] for entry in run.portable} == {1.0}
+    assert run.head_dims == [{"head_dim": 80, "path": "portable", "ms": 2.0, "fa3_bf16_ms": 2.0}]
     assert [entry["speed_fraction"] for entry in run.prefill] == [1.0]
     assert run.versions["torch"] == torch.__version__.split("+")[0]
 

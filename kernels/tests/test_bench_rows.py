@@ -125,7 +125,12 @@ def test_the_sentences_tell_every_part_of_a_run():
         ragged={"tokens": 1000, "graph_ms": 0.1, "rate_fraction": 0.93},
         step={"decode_graph_ms": 0.08, "step_graph_ms": 0.088, "overhead": 0.1},
         anchor={"plain_graph_ms": 0.08, "anchor_graph_ms": 0.0816, "overhead": 0.02},
-        portable={"ms": 0.2, "graph_ms": 0.18, "relative_error": 1e-4},
+        portable=(
+            dataclasses.asdict(SHAPES[1])
+            | {"ms": 0.2, "graph_ms": 0.18, "relative_error": 1e-4}
+            | {"fa3_bf16_speedup": 1.5, "vllm_turboquant_speedup": None},
+        ),
+        head_dims=({"head_dim": 80, "path": "portable", "ms": 0.1, "fa3_bf16_ms": 0.2},),
         prefill=({"chunk": 8192, "context": 24576, "ms": 5.8, "fa3_bf16_ms": 5.7, "speed_fraction": 0.983},),
         compile_seconds={"a": 1.5, "b": 2.0},
     )
@@ -135,7 +140,8 @@ def test_the_sentences_tell_every_part_of_a_run():
         "93%",
         "+10% over decode alone",
         "0.0816 ms, +2.0%",
-        "0.2000 ms",
+        f"{SHAPES[1]}: 0.2000 ms, 1.50 times as fast as FA3 bf16, ? times as vLLM tq",
+        "head_dim 80, portable path: 0.1000 ms, 2.00 times as fast",
         "98% of FlashAttention-3's speed",
     ):
         assert part in text

@@ -7,7 +7,7 @@ cannot run here is None in its rows, and the run says why.
 import datetime
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
 from typing import Any
@@ -16,8 +16,18 @@ import torch
 
 from turboquant_kernels.bench import clocks, competitors, oracle, subject
 from turboquant_kernels.bench.caches import DecodeStep, equal_step, random_step
-from turboquant_kernels.bench.rows import COMPETITORS, FORMATS, PREFILL, SHAPES, Row, Run, Shape
+from turboquant_kernels.bench.rows import (
+    COMPETITORS,
+    FORMATS,
+    HEAD_DIMS,
+    PREFILL,
+    SHAPES,
+    Row,
+    Run,
+    Shape,
+)
 from turboquant_kernels.codec import Codec
+from turboquant_kernels.decode.launch import path_of
 from turboquant_kernels.formats import ANCHOR_TOKENS, KVFormat
 
 RAGGED_LENGTHS = (1024, 65536)
@@ -49,7 +59,7 @@ class Benchmark:
         self._copy_bandwidth = 0.0
         self._competitors: dict[str, float | None] = {}
         self._unmeasured: dict[str, str] = {}
-        self._extra: dict[str, Any] = {"prefill": []}
+        self._extra: dict[str, Any] = {"portable": [], "head_dims": [], "prefill": []}
         self._compiling = clocks.CompileTimes()
 
     def tasks(self) -> list[Task]:
@@ -60,14 +70,19 @@ class Benchmark:
                 tasks.append(Task(f"{shape}: {competitor.label}", partial(self._compete, shape, name)))
             for name in self.formats:
                 tasks.append(Task(f"{shape}: {name}", partial(self._measure, shape, name)))
+            codec = self._codec(shape, self.formats[0])
+            tasks.append(Task(f"{shape}: portable, {self.formats[0]}", partial(self._portable, shape, codec)))
         first, codec = self.shapes[0], self._codec(self.shapes[0], self.formats[0])
         for label, part in (
             ("ragged", self._ragged),
             ("step", self._step),
             ("anchor", self._anchor),
-            ("portable", self._portable),
         ):
             tasks.append(Task(f"{label}, {self.formats[0]}", partial(part, first, codec)))
+        for head_dim in HEAD_DIMS:
+            shape = replace(first, head_dim=head_dim)
+            part = partial(self._head_dim, shape, self._codec(shape, self.formats[0]))
+            tasks.append(Task(f"head_dim {head_dim}, {self.formats[0]}", part))
         for chunk, context in PREFILL:
             part = partial(self._prefill, chunk, context)
             label = f"prefill of {chunk:,} over {context:,}"
@@ -180,13 +195,36 @@ class Benchmark:
         }
 
     def _portable(self, shape: Shape, codec: Codec) -> None:
+        """The portable path, beside what the competitors of this shape took just before."""
         steps = [equal_step(codec, shape, self.device, seed=seed) for seed in range(2)]
         calls = [subject.decode(step, path="portable") for step in steps]
-        self._extra["portable"] = {
-            "ms": clocks.do_bench_ms(calls[0]),
-            "graph_ms": clocks.rotating_ms(calls),
-            "relative_error": error_of(steps[0], calls[0]()),
-        }
+        ms = clocks.do_bench_ms(calls[0])
+        others = {name: self._competitors[f"{name}_ms"] for name in ("fa3_bf16", "vllm_turboquant")}
+        self._extra["portable"].append(
+            asdict(shape)
+            | {
+                "ms": ms,
+                "graph_ms": clocks.rotating_ms(calls),
+                "relative_error": error_of(steps[0], calls[0]()),
+            }
+            | {f"{name}_speedup": other and other / ms for name, other in others.items()}
+        )
+
+    def _head_dim(self, shape: Shape, codec: Codec) -> None:
+        step = equal_step(codec, shape, self.device)
+        try:
+            theirs = clocks.do_bench_ms(competitors.PREPARE["fa3_bf16"](shape, self.device))
+        except Exception as error:  # as in `_compete`
+            self._unmeasured[f"fa3_bf16, head_dim {shape.head_dim}"] = _reason(error)
+            theirs = None
+        self._extra["head_dims"].append(
+            {
+                "head_dim": shape.head_dim,
+                "path": path_of(codec, step.kv_cache),
+                "ms": clocks.do_bench_ms(subject.decode(step)),
+                "fa3_bf16_ms": theirs,
+            }
+        )
 
     def _prefill(self, chunk: int, context: int, shape: Shape, codec: Codec) -> None:
         """A chunk over compressed context, beside FlashAttention-3 in one call on the same in bf16."""

@@ -1,6 +1,7 @@
 """What a person sees of the measurements: tables, and a picture of bars under their roofs. No torch."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from rich.box import SIMPLE
@@ -54,9 +55,17 @@ def lines(run: Run) -> list[str]:
         told.append(
             f"with key anchors: {run.anchor['anchor_graph_ms']:.4f} ms, {run.anchor['overhead']:+.1%}"
         )
-    if run.portable:
+    for entry in run.portable:
+        shape = Shape(*(entry[name.name] for name in fields(Shape)))
         told.append(
-            f"portable path: {run.portable['ms']:.4f} ms, in a graph {run.portable['graph_ms']:.4f} ms"
+            f"portable path, {shape}: {entry['ms']:.4f} ms, {_times(entry['fa3_bf16_speedup'])} as fast "
+            f"as FA3 bf16, {_times(entry['vllm_turboquant_speedup'])} as vLLM tq"
+        )
+    for entry in run.head_dims:
+        theirs = entry["fa3_bf16_ms"]
+        told.append(
+            f"head_dim {entry['head_dim']}, {entry['path']} path: {entry['ms']:.4f} ms, "
+            f"{_times(theirs and theirs / entry['ms'])} as fast as FA3 bf16"
         )
     for entry in run.prefill:
         told.append(
@@ -70,6 +79,10 @@ def lines(run: Run) -> list[str]:
         )
     told.extend(f"not measured: {what}: {reason}" for what, reason in run.unmeasured.items())
     return told
+
+
+def _times(speedup: float | None) -> str:
+    return "? times" if speedup is None else f"{speedup:.2f} times"
 
 
 def draw(rows: Sequence[Row], runs: Iterable[Run], path: Path) -> None:

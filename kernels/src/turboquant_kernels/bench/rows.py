@@ -44,6 +44,9 @@ head_dim 256."""
 
 FORMATS = ("tq-k4v4", "tq-k3v3", "tq-k8v4", "tq-k5v3")
 
+HEAD_DIMS = (64, 80, 96, 192)
+"""Those that no shape has."""
+
 PREFILL = ((8192, 24576), (2048, 30720), (512, 32256))
 """Tokens of a chunk over tokens of compressed context, at the heads of the first shape."""
 
@@ -124,8 +127,12 @@ class Run:
     anchor: Mapping[str, float] = field(default_factory=dict)
     """First shape and format, in blocks of 128 tokens: `plain_graph_ms`; `anchor_graph_ms`, with a key anchor
     a block; `overhead`, their quotient minus one."""
-    portable: Mapping[str, float] = field(default_factory=dict)
-    """First shape and format on the portable path: ms, graph_ms, relative_error."""
+    portable: tuple[Mapping[str, Any], ...] = ()
+    """First format on the portable path, one a shape: the fields of `Shape`, ms, graph_ms, relative_error;
+    `fa3_bf16_speedup` and `vllm_turboquant_speedup`, by ms, None where the competitor was not measured."""
+    head_dims: tuple[Mapping[str, Any], ...] = ()
+    """First shape and format at each of `HEAD_DIMS`: head_dim, path, ms; fa3_bf16_ms, None where
+    FlashAttention-3 has no such head_dim."""
     prefill: tuple[Mapping[str, float], ...] = ()
     """One a pair of `PREFILL`: chunk, context, ms, fa3_bf16_ms; `speed_fraction`, the speed over FA3's."""
     compile_seconds: Mapping[str, float] = field(default_factory=dict)
