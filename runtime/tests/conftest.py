@@ -58,10 +58,14 @@ class Engine:
             }
             | arguments
         )
-        core = self.llm.llm_engine.engine_core.engine_core
         self.config = self.llm.llm_engine.vllm_config
-        self.scheduler = core.scheduler
-        self.runner = core.model_executor.driver_worker.worker.model_runner
+        core = self.llm.llm_engine.engine_core.engine_core
+        self.scheduler, self.executor = core.scheduler, core.model_executor
+
+    @property
+    def runner(self) -> Any:
+        """The model runner of an engine with one worker, which is in this process."""
+        return self.executor.driver_worker.worker.model_runner
 
     @property
     def capacity_tokens(self) -> int:
@@ -145,9 +149,13 @@ def start_engine() -> Iterator[Callable[..., Engine]]:
     engines: dict[str, Engine] = {}
 
     def start(model: Path, kv_cache_dtype: str, **arguments: Any) -> Engine:
+        from vllm.distributed.parallel_state import destroy_model_parallel
+
         runner = os.environ.get("VLLM_USE_V2_MODEL_RUNNER")
         key = repr((str(model), kv_cache_dtype, runner, sorted(arguments.items())))
         if key not in engines:
+            # Otherwise vLLM keeps the groups of the process's first engine, which have none of experts.
+            destroy_model_parallel()
             engines[key] = Engine(model, kv_cache_dtype, **arguments)
         return engines[key]
 

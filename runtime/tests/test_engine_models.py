@@ -9,11 +9,16 @@ ARGUMENTS = {"max_model_len": 1024, "max_num_batched_tokens": 512, "kv_cache_mem
 PROMPTS = [[3 + index * index * 7 % 113 for index in range(length)] for length in (300, 40)]
 
 
-@pytest.mark.parametrize("shape", ["GEMMA2", "GEMMA3"])
-def test_answers_are_next_to_those_of_the_uncompressed_cache(start_engine, dummy_model, shape: str) -> None:
-    """Logits of the attention that are capped, and sliding windows shorter than the prompt."""
+@pytest.mark.parametrize(("shape", "near"), [("GEMMA2", 0.1), ("GEMMA3", 0.1), ("GPT_OSS", 0.4)])
+def test_answers_are_next_to_those_of_the_uncompressed_cache(
+    start_engine, dummy_model, shape: str, near: float
+) -> None:
+    """Logits of the attention that are capped, sliding windows shorter than the prompt, and sinks.
+
+    Without its sinks gpt-oss's shape is 2.2 away; no norm damps its rounding.
+    """
     engines = [start_engine(dummy_model(shape, weights=0), name, **ARGUMENTS) for name in ("tq-k8v8", "auto")]
-    assert_next_to_each_other(*engines, PROMPTS, near=0.1)
+    assert_next_to_each_other(*engines, PROMPTS, near=near)
 
 
 def test_fewer_bits_are_further_away(start_engine, dummy_model) -> None:

@@ -122,6 +122,38 @@ FALCON_H1 = {
 }
 """Falcon-H1's shape, small: Mamba-2 and attention side by side in every layer."""
 
+GPT_OSS = {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "dtype": "bfloat16",
+    "vocab_size": 128,
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "num_local_experts": 2,
+    "num_experts_per_tok": 2,
+    "sliding_window": 64,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "max_position_embeddings": 8192,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 2.0,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+    },
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+"""gpt-oss's shape, small: sinks beside every layer's scores, and a window in every other layer. A token goes
+to both experts: which of many it goes to would flip with rounding."""
+
 
 def write_model(folder: Path, shape: dict[str, Any], **overrides: Any) -> Path:
     """Writes config.json and a tokenizer into `folder`; `overrides` replace entries of the shape."""
@@ -142,7 +174,8 @@ def write_weights(folder: Path, seed: int = 0) -> None:
     """Adds random weights to a folder made by `write_model`: the same for the same seed.
 
     Rows of a matrix are of length 1, so that hidden states keep their size; queries and keys are made twice
-    as long (scores then spread by about 4), and logits three times. Norms are left as they are initialized.
+    as long (scores then spread by about 4), and logits three times. Sinks are as high as the larger scores.
+    Norms are left as they are initialized.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -151,6 +184,8 @@ def write_weights(folder: Path, seed: int = 0) -> None:
     config = AutoConfig.from_pretrained(folder)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     for name, weight in model.named_parameters():
+        if name.endswith("sinks"):
+            torch.nn.init.normal_(weight, mean=10.0, std=2.0)
         if weight.dim() < 2:
             continue
         gain = 2.0 if "q_proj" in name or "k_proj" in name else 1.0

@@ -3,6 +3,8 @@
 Log probabilities of a whole prompt go through the prefill's road, those of the answer through the decode's.
 """
 
+from statistics import median
+
 import pytest
 from answers import assert_next_to_each_other
 
@@ -24,6 +26,7 @@ SHAPES = {
     "head_dim 256": ("LLAMA", {"head_dim": 256}, NEAR),
     "sliding windows": ("GEMMA3", {"tie_word_embeddings": False}, 0.1),
     "soft cap": ("GEMMA2", {}, 0.1),
+    "sinks": ("GPT_OSS", {}, NEAR),
     "linear attention": ("QWEN3_NEXT", {}, NEAR),
     "Mamba": ("FALCON_H1", {}, 0.1),
 }
@@ -34,13 +37,8 @@ def engines(start_on_gpu, dummy_model):
     """Starts a shape's engine at 8 bits and the one with vLLM's own cache."""
 
     def start(shape: str) -> list:
-        from vllm.distributed.parallel_state import destroy_model_parallel
-
         name, overrides, _ = SHAPES[shape]
         model = dummy_model(name, weights=0, **overrides)
-        if name == "QWEN3_NEXT":
-            # vLLM makes the group of experts with its other groups, once: with a process's first engine.
-            destroy_model_parallel()
         return [start_on_gpu(model, cache) for cache in ("tq-k8v8", "auto")]
 
     return start
@@ -70,6 +68,26 @@ def test_fewer_bits_are_further_away(start_on_gpu, dummy_model, tokens) -> None:
         assert_next_to_each_other(
             start_on_gpu(model, "tq-k2v2"), start_on_gpu(model, "auto"), [tokens(700)], near=NEAR
         )
+
+
+@pytest.mark.parametrize(("name", "near"), [("tq-k4v8-prod", 0.6), ("tq-k3v8-prod", 0.9)])
+def test_prod_formats(start_on_gpu, dummy_model, tokens, name: str, near: float) -> None:
+    """As near as on the CPU engine, .43 and .62; and both roads read the same of a page."""
+    model = dummy_model("GEMMA3", weights=0, tie_word_embeddings=False)
+    engine, prompt = start_on_gpu(model, name), tokens(300)
+    assert_next_to_each_other(engine, start_on_gpu(model, "auto"), [prompt], near=near, far=5.0)
+    (output,) = engine.generate([prompt], 64, logprobs=0)
+    answer = output.outputs[0]
+    (read,) = engine.generate([prompt + list(answer.token_ids)], 1, prompt_logprobs=0)
+    differences = [
+        abs(decoded[token].logprob - prefilled[token].logprob)
+        for token, decoded, prefilled in zip(
+            answer.token_ids, answer.logprobs, read.prompt_logprobs[len(prompt) :], strict=True
+        )
+    ]
+    print(f"median {median(differences):.2g}, largest {max(differences):.2g}")
+    assert median(differences) <= 0.1
+    assert max(differences) <= 1.0
 
 
 def test_layers_of_a_plan_have_their_own_formats(start_on_gpu, dummy_model, tokens) -> None:

@@ -1,4 +1,5 @@
-"""Speculation and offloading on a GPU: when a token is computed and where its page is changes no answer."""
+"""Speculation, offloading and vLLM's compilation on a GPU: what computes a token, when, and where its page is
+changes no answer."""
 
 from functools import partial
 
@@ -80,6 +81,25 @@ def test_pages_that_were_in_host_memory_give_the_same_answers(start_on_gpu, mode
     same_answers(outputs, expected)
     (fresh,) = start_on_gpu(model, "tq-k4v4").generate([prompts[0]], 8, logprobs=2)
     same_answers([outputs[0]], [fresh])
+
+
+def test_a_compiled_engine_answers_as_one_that_is_not(
+    start_on_gpu, dummy_model, prompts, monkeypatch
+) -> None:
+    """vLLM's default: torch.compile, piecewise graphs for prompts and whole ones for decodes."""
+    from vllm.compilation.counter import compilation_counter
+    from vllm.config import CompilationMode, CUDAGraphMode
+
+    model = dummy_model("GEMMA3", weights=0, tie_word_embeddings=False)
+    expected = start_on_gpu(model, "tq-k4v4").generate(prompts, MAX_TOKENS, logprobs=2)
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE")
+    before = compilation_counter.num_backend_compilations
+    engine = start_on_gpu(model, "tq-k4v4", compilation_config={})
+    settings = engine.config.compilation_config
+    assert settings.mode == CompilationMode.VLLM_COMPILE
+    assert settings.cudagraph_mode == CUDAGraphMode.FULL_AND_PIECEWISE
+    assert compilation_counter.num_backend_compilations > before
+    same_answers(engine.generate(prompts, MAX_TOKENS, logprobs=2), expected)
 
 
 def test_with_no_format_of_ours_nothing_of_ours_runs(start_on_gpu, model) -> None:

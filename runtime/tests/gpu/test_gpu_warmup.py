@@ -42,7 +42,7 @@ def test_serving_stays_within_the_memory_that_was_measured(start_on_gpu, dummy_m
         enable_prefix_caching=False,
     )
     gc.collect()
-    worker = engine.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    worker = engine.executor.driver_worker.worker
     measured = worker.peak_activation_memory
     kept = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
