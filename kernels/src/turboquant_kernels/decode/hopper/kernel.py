@@ -176,7 +176,7 @@ def decode_kernel(
     group = gl.program_id(1) % ROW_GROUPS
     if FUSED:
         # A sequence without tokens has no item: its zeros come from the item of its number.
-        if item < num_seqs and gl.load(splits + 2 * item + 1) == 0:
+        if gl.load(splits + 2 * item + 1, mask=item < num_seqs, other=1) == 0:
             store_zeros(
                 attended_out,
                 query_len * GROUP,
