@@ -1,6 +1,6 @@
 """The portable decode kernel, item by item, against attention over the decompressed cache."""
 
-from dataclasses import astuple
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from turboquant_kernels.codebook import codebook
 from turboquant_kernels.decode.launch import paged_decode
 from turboquant_kernels.decode.portable import attend_items, launch_of, variants
 from turboquant_kernels.formats import COMPRESSED_FORMATS, HEAD_DIMS, PAGE_TOKENS, KVFormat
-from turboquant_kernels.queries.reference import QuantizedQueries, rotate_queries
+from turboquant_kernels.queries.reference import rotate_queries
 
 TOLERANCE = 5e-4
 
@@ -39,12 +39,13 @@ def attend(batch, device, *, splits=2, window=None, soft_cap=None, sinks=None):
     items = split(batch.seq_lens, launch.tile_tokens, splits, device)
     shape = (len(items), batch.kv_heads, launch.row_groups(group * query_len), launch.rows)
     queries = rotate_queries(codec, torch.cat(batch.queries), batch.head_dim**-0.5)
+    tensors = {name: x.to(device) for name, x in vars(queries).items() if isinstance(x, torch.Tensor)}
     partial = torch.full((*shape, batch.head_dim), float("nan"), device=device)
     stats = torch.full((*shape, 2), float("nan"), device=device)
     attend_items(
         codec,
         launch,
-        QuantizedQueries(*(tensor.to(device) for tensor in astuple(queries))),
+        replace(queries, **tensors),
         on(device, batch.cache),
         batch.block_table.to(device),
         torch.tensor(batch.seq_lens, dtype=torch.int32, device=device),
@@ -152,15 +153,17 @@ def test_logits_of_several_hundred(device):
 
 
 @pytest.mark.parametrize("window", [None, 50])
-def test_decode_from_queries_to_output(window, device):
+@pytest.mark.parametrize(("anchor", "block_size"), [(False, 16), (True, 128)])
+def test_decode_from_queries_to_output(window, anchor, block_size, device):
     """Scheduled, merged, un-rotated: what an engine calls, several query tokens and an empty row included."""
-    batch = Batch([2, 0, 2], [150, 0, 33], q_heads=6, kv_heads=2)
+    fmt = KVFormat(4, 4, anchor=anchor)
+    batch = Batch([2, 0, 2], [200, 0, 33], fmt, q_heads=6, kv_heads=2, block_size=block_size)
     sinks = torch.tensor([0.5, -2.0, 3.0, 8.0, 0.0, 1.0])
     padded = torch.cat([batch.queries[0], torch.ones(2, 6, 64), batch.queries[2]]).to(device)
     out = paged_decode(
         batch.codec,
         padded,
-        batch.cache.to(device),
+        on(device, batch.cache),
         batch.block_table.to(device),
         torch.tensor(batch.seq_lens, dtype=torch.int32, device=device),
         query_len=2,

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from turboquant_kernels.decode.schedule import Schedule, fill, max_items
 
 
-def spans(lens, slots, device, query_len=1, window=None, tile_pages=8):
+def spans(lens, slots, device, query_len=1, window=None, tile_pages=8, **options):
     """Per sequence the (first, end) pages of its items, and the table."""
     schedule = Schedule.empty(len(lens), slots, device)
     seq_lens = torch.tensor(lens, dtype=torch.int32, device=device)
-    fill(schedule, seq_lens, query_len, window, tile_pages)
+    fill(schedule, seq_lens, query_len, window, tile_pages, **options)
     items, splits = schedule.items.tolist(), schedule.splits.tolist()
     found = []
     for sequence, (first, count) in enumerate(splits):
@@ -54,6 +54,13 @@ def test_a_window_leaves_out_the_pages_before_it(device, query_len):
     (parts,) = spans([1000], 4, device, query_len=query_len, window=100, tile_pages=1)
     assert parts[0][0] == (1000 - query_len + 1 - 100) // 16
     assert parts[-1][1] == 63
+
+
+def test_a_first_page_is_rounded_down(device):
+    """To where the tokens begin that share a key anchor with the first of a window, 300."""
+    (parts,) = spans([400], 2, device, window=100, tile_pages=2, first_multiple=8)
+    assert [first for first, _ in parts] == [16, 20]
+    assert parts[-1][1] == 25
 
 
 def test_a_sequence_without_tokens_has_no_item(device):

@@ -16,8 +16,8 @@ from turboquant_kernels.codec import Codec
 from turboquant_kernels.decode import hopper, portable
 from turboquant_kernels.decode.merge import merge
 from turboquant_kernels.decode.schedule import Schedule, fill
-from turboquant_kernels.formats import PAGE_TOKENS
-from turboquant_kernels.packing import pages_of
+from turboquant_kernels.formats import ANCHOR_TOKENS, PAGE_TOKENS
+from turboquant_kernels.packing import anchors_of, pages_of
 from turboquant_kernels.queries.kernel import rotate_queries, unrotate
 from turboquant_kernels.queries.reference import QuantizedQueries
 
@@ -43,6 +43,8 @@ class Workspace:
     path: Path
     launch: hopper.Launch | portable.Launch
     query_len: int
+    first_multiple: int
+    """What the first page that is read is a multiple of: the pages that share a key anchor, else 1."""
     schedule: Schedule
     partial: torch.Tensor
     """float32 [items, kv_heads, row_groups, rows, D]: sums of values of the splits."""
@@ -64,9 +66,12 @@ class Workspace:
     ) -> "Workspace":
         """Room for `num_seqs` sequences of `query_len` query tokens. `path` overrides the choice of kernel.
 
-        Raises ValueError where the cache's shape is not that of the codec's format.
+        Raises ValueError where the cache's shape is not that of the codec's format, or its blocks have no
+        room for key anchors.
         """
         pages_of(kv_cache, codec.layout)
+        if codec.fmt.anchor:
+            anchors_of(kv_cache, codec.fmt, codec.head_dim)
         kv_heads = kv_cache.shape[2]
         rows = q_heads // kv_heads * query_len
         path = path or path_of(codec, kv_cache)
@@ -83,6 +88,7 @@ class Workspace:
             path,
             launch,
             query_len,
+            ANCHOR_TOKENS // PAGE_TOKENS if codec.fmt.anchor else 1,
             schedule,
             torch.empty(*shape, codec.head_dim, dtype=torch.float32, device=kv_cache.device),
             torch.empty(*shape, 2, dtype=torch.float32, device=kv_cache.device),
@@ -93,7 +99,8 @@ class Workspace:
 
     def deal_out(self, seq_lens: torch.Tensor, window: int | None) -> None:
         """Makes the schedule of a step: int32 [num_seqs], query tokens included."""
-        fill(self.schedule, seq_lens, self.query_len, window, self.launch.tile_tokens // PAGE_TOKENS)
+        tile_pages = self.launch.tile_tokens // PAGE_TOKENS
+        fill(self.schedule, seq_lens, self.query_len, window, tile_pages, self.first_multiple)
 
 
 def attend(

@@ -41,12 +41,18 @@ def max_items(num_seqs: int, slots: int) -> int:
 
 
 def fill(
-    schedule: Schedule, seq_lens: torch.Tensor, query_len: int, window: int | None, tile_pages: int
+    schedule: Schedule,
+    seq_lens: torch.Tensor,
+    query_len: int,
+    window: int | None,
+    tile_pages: int,
+    first_multiple: int = 1,
 ) -> None:
     """Deals the sequences out, in place, without a host synchronisation.
 
     seq_lens: int32 [num_seqs], query tokens included. A split is a multiple of `tile_pages` pages, what a
-    program reads at a time.
+    program reads at a time. The first page of a sequence, which a window may put anywhere, is rounded down
+    to a multiple of `first_multiple`.
     """
     num_seqs = len(seq_lens)
     _fill_kernel[(num_seqs,)](
@@ -59,6 +65,7 @@ def fill(
         window or 0,
         PAGE=PAGE_TOKENS,
         TILE=tile_pages,
+        FIRST_MULTIPLE=first_multiple,
         STEPS=_SEARCH_STEPS,
         BLOCK=triton.next_power_of_2(num_seqs),
         num_warps=4,
@@ -80,26 +87,33 @@ def variants() -> Iterator[AotVariant]:
                 "query_len": "i32",
                 "window": "i32",
             },
-            constexprs={"PAGE": PAGE_TOKENS, "TILE": 8, "STEPS": _SEARCH_STEPS, "BLOCK": num_seqs},
+            constexprs={
+                "PAGE": PAGE_TOKENS,
+                "TILE": 8,
+                "FIRST_MULTIPLE": 1,
+                "STEPS": _SEARCH_STEPS,
+                "BLOCK": num_seqs,
+            },
         )
 
 
 @triton.jit
-def _pages(seq_len, query_len, window, PAGE: tl.constexpr):
+def _pages(seq_len, query_len, window, PAGE: tl.constexpr, FIRST_MULTIPLE: tl.constexpr):
     """First and end page that a sequence's queries read."""
     first = tl.where(window > 0, tl.maximum(seq_len - query_len - window + 1, 0) // PAGE, 0)
-    return first, tl.cdiv(seq_len, PAGE)
+    return first // FIRST_MULTIPLE * FIRST_MULTIPLE, tl.cdiv(seq_len, PAGE)
 
 
 @triton.jit(do_not_specialize=["num_seqs", "num_items", "query_len", "window"])
 def _fill_kernel(
     items, splits, seq_lens, num_seqs, num_items, query_len, window,
-    PAGE: tl.constexpr, TILE: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
+    PAGE: tl.constexpr, TILE: tl.constexpr, FIRST_MULTIPLE: tl.constexpr, STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     mine = tl.program_id(0)
     index = tl.arange(0, BLOCK)
     lens = tl.load(seq_lens + index, mask=index < num_seqs, other=0)
-    first, end = _pages(lens, query_len, window, PAGE)
+    first, end = _pages(lens, query_len, window, PAGE, FIRST_MULTIPLE)
     tiles = tl.cdiv(end - first, TILE)
 
     # The least number of tiles a split may have such that all splits find an item.

@@ -33,24 +33,22 @@ _ROUND = tl.constexpr(1.5 * 2**23)
 """A float32 of magnitude below 2**22 plus this number is rounded to a whole one, half to even."""
 
 
-def rotate_queries(
-    codec: Codec, query: torch.Tensor, scale: float, out: QuantizedQueries | None = None
-) -> QuantizedQueries:
+def rotate_queries(codec: Codec, query: torch.Tensor, scale: float) -> QuantizedQueries:
     """Rotates and quantizes queries as `queries.reference.rotate_queries` does, to within one unit.
 
     query: bf16, fp16 or fp32 [tokens, q_heads, D], any strides of tokens and heads; ValueError where the
-    coordinates of a query are not adjacent. Writes into `out`, contiguous, where it is given. One launch,
-    without synchronisation.
+    coordinates of a query are not adjacent. One launch, without synchronisation.
     """
     if query.stride(-1) != 1:
         raise ValueError("the coordinates of a query are not adjacent in memory")
     tokens, q_heads, head_dim = query.shape
-    if out is None:
-        out = QuantizedQueries(
-            codes=query.new_empty((tokens, q_heads, 2, head_dim), dtype=torch.int8),
-            scale=query.new_empty((tokens, q_heads), dtype=torch.float32),
-            half_sum=query.new_empty((tokens, q_heads), dtype=torch.float32),
-        )
+    out = QuantizedQueries(
+        codes=query.new_empty((tokens, q_heads, 2, head_dim), dtype=torch.int8),
+        scale=query.new_empty((tokens, q_heads), dtype=torch.float32),
+        half_sum=query.new_empty((tokens, q_heads), dtype=torch.float32),
+        unrotated=query,
+        unrotated_scale=scale * math.log2(math.e),
+    )
     if not tokens:
         return out
     constexprs = _specialization(head_dim)
@@ -61,7 +59,7 @@ def rotate_queries(
         out.codes,
         out.scale,
         out.half_sum,
-        scale * math.log2(math.e) * key_step / math.sqrt(head_dim),
+        out.unrotated_scale * key_step / math.sqrt(head_dim),
         tokens,
         q_heads,
         query.stride(0),

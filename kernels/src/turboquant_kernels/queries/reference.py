@@ -33,6 +33,11 @@ class QuantizedQueries:
     NaN for a query with a NaN or an infinity, whose output must not look sound."""
     half_sum: torch.Tensor
     """float32 [tokens, q_heads]: sum_i q_i / 2, the part of the levels' halves."""
+    unrotated: torch.Tensor
+    """Any float [tokens, q_heads, D], any strides of tokens and heads: the queries as they came, for key
+    anchors, which are stored as they are."""
+    unrotated_scale: float
+    """The softmax scale times log2(e)."""
 
 
 def rotate_queries(codec: Codec, query: torch.Tensor, scale: float) -> QuantizedQueries:
@@ -51,6 +56,8 @@ def rotate_queries(codec: Codec, query: torch.Tensor, scale: float) -> Quantized
         codes=torch.stack((high, q - 256 * high), dim=-2).to(torch.int8),
         scale=step.squeeze(-1) * (scale * math.log2(math.e) * key_step),
         half_sum=0.5 * q.sum(-1).float(),
+        unrotated=query,
+        unrotated_scale=scale * math.log2(math.e),
     )
 
 

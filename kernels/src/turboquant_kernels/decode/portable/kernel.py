@@ -54,7 +54,8 @@ def attend_items_kernel(
     query_half_sum,  # float32 [tokens, q_heads]
     projected_codes,  # PROD: int8 [tokens, q_heads, 2, D]
     projected_scale,  # PROD: float32 [tokens, q_heads]
-    anchor_queries,  # float32 [tokens, q_heads, D], not rotated; None: no anchors
+    anchor_queries,  # float [tokens, q_heads, D], not rotated; None: no anchors
+    anchor_scale,  # what their products count in a logit
     anchors,  # bf16, of each block [BLOCK_PAGES / 8, kv_heads, D]
     cache,  # uint8, blocks `block_stride` bytes apart
     block_table,  # int32 [num_seqs, table_stride]
@@ -65,6 +66,8 @@ def attend_items_kernel(
     stats,  # float32 [max_items, kv_heads, row_groups, ROWS, 2]: maximum, sum of weights
     block_stride,
     anchor_stride,
+    query_token_stride,
+    query_head_stride,
     table_stride,
     query_len,
     window,  # positions that a query sees, its own included; 0: all
@@ -137,12 +140,11 @@ def attend_items_kernel(
     slot = tl.arange(0, TILE)
     token = token_of(slot % PAGE_TOKENS)
     quad = tl.arange(0, TILE // 4)
-    first = begin
     if anchors is not None:
-        # So that a tile has one anchor. What it has beyond the item is masked.
-        first = begin // TILE * TILE
+        anchor_query_at = (seq * query_len + row // GROUP).to(tl.int64) * query_token_stride
+        anchor_query_at += (kv_head * GROUP + row % GROUP) * query_head_stride
         anchor_logit = tl.zeros([ROWS], tl.float32)
-    for start in range(first, end, TILE):
+    for start in range(begin, end, TILE):
         first_page = start // PAGE_TOKENS
         # Pages beyond the end read the last one; their tokens are masked below.
         page_index = tl.minimum(first_page + slot // PAGE_TOKENS, last_page)
@@ -181,7 +183,8 @@ def attend_items_kernel(
             residual = _products((1 - 2 * signs).to(tl.int8), projected)
             logit += residual * (norm_scale[None, :] * norm[:, None])
         if anchors is not None:
-            if (start == first) | (start % ANCHOR_TOKENS == 0):
+            # Items begin where tiles of a sequence do, so that a tile has one anchor.
+            if (start == begin) | (start % ANCHOR_TOKENS == 0):
                 block = tl.load(table + first_page // BLOCK_PAGES).to(tl.int64)
                 in_block = first_page % BLOCK_PAGES * PAGE_TOKENS // ANCHOR_TOKENS
                 vector = anchors + block * anchor_stride + (in_block * KV_HEADS + kv_head) * HEAD_DIM
@@ -191,19 +194,18 @@ def attend_items_kernel(
                     d = coord + tl.arange(0, 16)
                     anchor = tl.load(vector + d, mask=d < HEAD_DIM, other=0.0).to(tl.float32)
                     anchor_query = tl.load(
-                        anchor_queries + query_row[None, :] * HEAD_DIM + d[:, None],
+                        anchor_queries + anchor_query_at[None, :] + d[:, None],
                         mask=(d < HEAD_DIM)[:, None] & used[None, :],
                         other=0.0,
-                    )
+                    ).to(tl.float32)
                     anchor_logit += tl.sum(anchor_query * anchor[:, None], axis=0)
+                anchor_logit *= anchor_scale
             logit += anchor_logit[None, :]
         if soft_cap is not None:
             logit = _soft_cap(logit, soft_cap)
         seen = key_position[:, None] <= position[None, :]
         if window > 0:
             seen &= key_position[:, None] > position[None, :] - window
-        if anchors is not None:
-            seen &= ((key_position >= begin) & (key_position < end))[:, None]
         logit = tl.where(seen, logit, float("-inf"))
 
         new_maximum = tl.maximum(maximum, tl.max(logit, axis=0))

@@ -25,7 +25,7 @@ from turboquant_kernels.formats import (
 )
 from turboquant_kernels.packing import anchors_of, pages_of
 from turboquant_kernels.queries.reference import MAX_QUERY, QuantizedQueries
-from turboquant_kernels.rotation import projection_matrix, rotation_matrix
+from turboquant_kernels.rotation import projection_matrix
 from turboquant_kernels.unpack import level_table, page_constants
 
 MAX_ROWS = 16
@@ -90,9 +90,10 @@ def attend_items(
 
     queries: [num_seqs * query_len, q_heads, ...]. kv_cache, block_table, seq_lens: as
     `decode.reference.paged_attention` takes them, the last two int32. items: `Schedule.items`, in units of
-    whole tiles of `launch`. partial: float32 [items, kv_heads, row_groups, rows, D], sums of values in
-    `value_unit` relative to 2**maximum; stats: float32 [items, kv_heads, row_groups, rows, 2], the largest
-    logit (base 2) and the sum of weights. Entries of items without work stay as they are.
+    whole tiles of `launch`; with key anchors the first page of a sequence is one where an anchor begins.
+    partial: float32 [items, kv_heads, row_groups, rows, D], sums of values in `value_unit` relative to
+    2**maximum; stats: float32 [items, kv_heads, row_groups, rows, 2], the largest logit (base 2) and the sum
+    of weights. Entries of items without work stay as they are.
 
     Raises ValueError where the cache's shape is not that of the codec's format.
     """
@@ -109,7 +110,8 @@ def attend_items(
         queries.scale,
         queries.half_sum,
         *projected,
-        _unrotated(codec, queries) if fmt.anchor else None,
+        queries.unrotated if fmt.anchor else None,
+        queries.unrotated_scale if fmt.anchor else None,
         anchors,
         kv_cache,
         block_table,
@@ -120,6 +122,7 @@ def attend_items(
         stats,
         kv_cache.stride(0),
         anchors.stride(0) if anchors is not None else 0,
+        *(queries.unrotated.stride()[:2] if fmt.anchor else (None, None)),
         block_table.stride(0),
         query_len,
         window or 0,
@@ -194,8 +197,11 @@ def _variant(
     optional = {
         "projected_codes": "*i8" if fmt.encoding is Encoding.PROD else None,
         "projected_scale": "*fp32" if fmt.encoding is Encoding.PROD else None,
-        "anchor_queries": "*fp32" if fmt.anchor else None,
+        "anchor_queries": "*bf16" if fmt.anchor else None,
+        "anchor_scale": "fp32" if fmt.anchor else None,
         "anchors": "*bf16" if fmt.anchor else None,
+        "query_token_stride": "i32" if fmt.anchor else None,
+        "query_head_stride": "i32" if fmt.anchor else None,
         "query_len": "i32" if query_len > 1 else None,
         "soft_cap": "fp32" if soft_cap else None,
     }
@@ -240,13 +246,3 @@ def _project(codec: Codec, queries: QuantizedQueries) -> tuple[torch.Tensor, tor
     high = ((rounded + 128) / 256).floor()
     codes = torch.stack((high, rounded - 256 * high), dim=-2).to(torch.int8)
     return codes, unit * (math.sqrt(math.pi / 2) / codec.head_dim)
-
-
-def _unrotated(codec: Codec, queries: QuantizedQueries) -> torch.Tensor:
-    """The queries as anchors are stored, not rotated, in units of `_whole`: float32 [tokens, q_heads, D]."""
-    return _whole(codec, queries) @ _rotation(codec.head_dim, codec.seed, queries.codes.device)
-
-
-@cache
-def _rotation(head_dim: int, seed: int, device: torch.device) -> torch.Tensor:
-    return rotation_matrix(head_dim, seed).to(device)
