@@ -1,7 +1,7 @@
 """Cases for the GPU kernels: what they are specialized to, and random inputs for that.
 
 A kernel is compiled anew for what it is specialized to, which takes a second where a case takes a hundredth.
-So that is a list of at most 60 variants; each is compiled once, and everything else is drawn for each case.
+So that is a list of at most 70 variants; each is compiled once, and everything else is drawn for each case.
 
 What unused bytes hold is the worst there is: NaN scales in pages, block tables that point anywhere.
 """
@@ -127,14 +127,28 @@ def all_variants() -> list[Variant]:
     return [*decode_variants(), *store_variants(), *prefill_variants()]
 
 
+ANCHORED = (
+    DecodeVariant(None, KVFormat(4, 4, anchor=True), 128, 8, 4, block_size=128),
+    DecodeVariant(None, KVFormat(5, 3, anchor=True), 64, 2, 2, block_size=256, windows=WINDOWS[2]),
+    DecodeVariant(None, KVFormat(8, 4, anchor=True), 256, 1, 4, block_size=128, soft_cap=True),
+    DecodeVariant(None, KVFormat(3, 3, anchor=True), 128, 3, 2, 4, 256, windows=WINDOWS[1], sinks=True),
+    DecodeVariant(None, KVFormat(4, 2, anchor=True), 256, 2, 8, 2, block_size=128, batches=BATCHES[2]),
+    DecodeVariant(None, KVFormat(6, 4, anchor=True), 64, 4, 7, block_size=128, soft_cap=True),
+    DecodeVariant(None, KVFormat(4, 8, anchor=True), 192, 1, 4, block_size=256, far=True),
+    DecodeVariant(None, KVFormat(2, 3, anchor=True), 128, 1, 16, block_size=128, windows=WINDOWS[0]),
+)
+"""Formats with anchors on the default path: 4 and 8 rows of each head_dim, blocks of one and two anchors."""
+
+
 def decode_variants() -> list[DecodeVariant]:
-    """28 on the default path: as the first benchmark has them, every uniform format, two with anchors. 16 on
-    the portable one: half of the uniform formats, two with anchors, two of prod. Every head_dim, group and
-    option in its turn."""
+    """34 on the default path: as the first benchmark has them, every uniform format, `ANCHORED`. 16 on the
+    portable one: half of the uniform formats, two with anchors, two of prod. Every head_dim, group and option
+    in its turn."""
     anchored = [KVFormat(4, 4, anchor=True), KVFormat(5, 3, anchor=True)]
     prod = [fmt for fmt in COMPRESSED_FORMATS if fmt.encoding is Encoding.PROD]
     variants = [DecodeVariant(None, fmt, 128, 8, 4) for fmt in (KVFormat(4, 4), KVFormat(3, 3))]
-    for i, fmt in enumerate((*UNIFORM, *anchored)):
+    variants += ANCHORED
+    for i, fmt in enumerate(UNIFORM):
         # One further for each width of keys, so that a head_dim meets values of every width.
         head_dim = _turn(hopper.HEAD_DIMS, i + i // len(VALUE_BITS))
         variants.append(_decode_variant(None, fmt, head_dim, i))

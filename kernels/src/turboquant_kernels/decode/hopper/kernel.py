@@ -16,13 +16,21 @@ without shared memory or barriers; the warps of a program are merged once, at it
 
 Logits are in base 2. A value's scale multiplies its token's weight, so its logarithm is added to the logit
 that the running maximum is taken of, and the weights are relative to that. Levels are step * (c + 1/2): the
-halves enter by the sum of the query's coordinates and the sum of the weights.
+halves enter by the sum of the query's coordinates and the sum of the weights. The logits of key anchors are
+made for many tiles at once (`anchors`).
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
+from turboquant_kernels.decode.hopper.anchors import (
+    allocate_logits,
+    load_logits,
+    prefetch_anchors,
+    store_logits,
+    tiles_of_run,
+)
 from turboquant_kernels.decode.hopper.merge import merge_splits, store_zeros
 from turboquant_kernels.decode.hopper.operands import (
     blocks_of,
@@ -123,6 +131,10 @@ def decode_kernel(
     query_len,
     window,
     soft_cap,
+    anchor_queries,
+    anchor_scale,
+    query_token_stride,
+    query_head_stride,
     KV_HEADS: gl.constexpr,
     GROUP: gl.constexpr,
     ROW_GROUPS: gl.constexpr,
@@ -144,6 +156,7 @@ def decode_kernel(
     PREFETCH: gl.constexpr,
     WINDOW: gl.constexpr,
     SOFT_CAP: gl.constexpr,
+    ANCHOR: gl.constexpr,
     FUSED: gl.constexpr,
 ):
     """Partial results of one item, R rows of one KV head; with FUSED the last of a sequence merges them.
@@ -154,6 +167,8 @@ def decode_kernel(
     has them. tables: int32 [words, 32], the words of the fragments' tables for keys, then values.
     attended_out, counters, sinks: as `launch.Merged` has them, None without FUSED. window: positions that
     a query sees, with WINDOW. soft_cap: times log2(e), with SOFT_CAP. unit: what sums of values count in.
+    anchor_queries: float [tokens, q_heads, D], not rotated, anchor_scale: what their products count in a
+    logit, with ANCHOR; else None, as their strides. Items then begin at multiples of `ANCHOR_PAGES`.
     """
     T: gl.constexpr = P * 16
     N: gl.constexpr = 2 * R
@@ -208,11 +223,11 @@ def decode_kernel(
     q = ()
     used = (row < total_rows) & (no_warp == 0)
     for i in gl.static_range(len(KEY_BLOCKS)):
-        block = load_queries(queries + i * 128, q_row + no_warp, used, KEY_BITS, KEY_BLOCKS[i], B)
+        part = load_queries(queries + i * 128, q_row + no_warp, used, KEY_BITS, KEY_BLOCKS[i], B)
         if SHARED_QUERIES:
-            q = q + (share_queries(block, W, N, KEY_BLOCKS[i]),)
+            q = q + (share_queries(part, W, N, KEY_BLOCKS[i]),)
         else:
-            q = q + (block,)
+            q = q + (part,)
 
     key_registers = load_table(tables, KEY_REGISTERS, W, P)
     value_registers = load_table(tables + 32 * KEY_REGISTERS, VALUE_REGISTERS, W, P)
@@ -221,27 +236,6 @@ def decode_kernel(
     keys_at = kv_cache + head * PAGE_WORDS
     values_at = keys_at + D * KEY_BITS // 2
     scales_at = (keys_at + CODE_WORDS).to(gl.pointer_type(gl.float16), bitcast=True)
-
-    # Of the tile after the next the blocks are looked up while this one is computed, and with PREFETCH its
-    # pages start on their way to the L2 cache.
-    page = pages_of_tile(first_page, end_page, W, P)
-    block = find_blocks(table_row, page, PAGES_OF_BLOCK, OFFSET)
-    offset = offset_of(block, page, block_stride, PAGES_OF_BLOCK, ALL_HEADS)
-    keys = load_tile_keys(keys_at, offset, W, P, KEY_BITS, D)
-    values = ()
-    if EARLY:
-        for i in gl.static_range(len(VALUE_BLOCKS)):
-            first = i * VALUE_BLOCK
-            values = values + (load_values(values_at, offset, W, P, VALUE_BITS, D, VALUE_BLOCKS[i], first),)
-    scales = load_scales(scales_at, offset, W, P)
-    page = pages_of_tile(first_page + W * P, end_page, W, P)
-    block = find_blocks(table_row, page, PAGES_OF_BLOCK, OFFSET)
-    next_offset = offset
-    if PREFETCH:
-        next_offset = offset_of(block, page, block_stride, PAGES_OF_BLOCK, ALL_HEADS)
-        prefetch(keys_at, next_offset, PAGE_WORDS)
-        page = pages_of_tile(first_page + 2 * (W * P), end_page, W, P)
-        block = find_blocks(table_row, page, PAGES_OF_BLOCK, OFFSET)
 
     products = gl.full([W, T, N], 0, gl.int32, mma)
     high, _ = gl.split(gl.reshape(products, [W, T, R, 2]))
@@ -279,98 +273,174 @@ def decode_kernel(
     total = lane_zero  # of each lane's own tokens; summed over lanes at the end
     weight_sum = lane_zero
 
-    for tile in range(gl.cdiv(end_page - first_page, W * P)):
-        found = offset_of(block, page, block_stride, PAGES_OF_BLOCK, ALL_HEADS)
-        if PREFETCH:
-            prefetch(keys_at, found, PAGE_WORDS)
-            coming = next_offset
-            next_offset = found
-        else:
-            coming = found
-        s = _products(keys, key_registers, q, W, P, R, D, KEY_BITS, KEY_ASM, SHARED_QUERIES, mma)
+    # With anchors tiles are read in runs, before each of which its anchors' logits are made.
+    tiles = gl.cdiv(end_page - first_page, W * P)
+    RUN: gl.constexpr = tiles_of_run(P)
+    if ANCHOR:
+        anchors = kv_cache + PAGES_OF_BLOCK * ALL_HEADS + head * (D // 2)
+        anchor_logits = allocate_logits(W, P, R)
+    for run in range(gl.cdiv(tiles, RUN) if ANCHOR else 1):
+        run_page = first_page + run * (RUN * W * P) if ANCHOR else first_page
+        if ANCHOR:
+            prefetch_anchors(
+                anchors,
+                table_row,
+                block_stride,
+                run_page,
+                end_page,
+                W,
+                D,
+                KV_HEADS,
+                PAGES_OF_BLOCK,
+                OFFSET,
+            )
+        # Of the tile after the next the blocks are looked up while this one is computed, and with PREFETCH
+        # its pages start on their way to the L2 cache.
+        page = pages_of_tile(run_page, end_page, W, P)
+        block = find_blocks(table_row, page, PAGES_OF_BLOCK, OFFSET)
+        offset = offset_of(block, page, block_stride, PAGES_OF_BLOCK, ALL_HEADS)
+        keys = load_tile_keys(keys_at, offset, W, P, KEY_BITS, D)
+        values = ()
         if EARLY:
-            keys = load_tile_keys(keys_at, coming, W, P, KEY_BITS, D)
-        else:
-            late = ()
             for i in gl.static_range(len(VALUE_BLOCKS)):
                 first = i * VALUE_BLOCK
-                late = late + (load_values(values_at, offset, W, P, VALUE_BITS, D, VALUE_BLOCKS[i], first),)
-        key_scale, value_scale = gl.split(scales)  # [W, P, 2, 8]
-        scales = load_scales(scales_at, coming, W, P)
-        key_scale = gl.convert_layout(
-            gl.reshape(key_scale, [W, T]).to(gl.float32), gl.SliceLayout(2, S), assert_trivial=True
-        )[:, :, None]
-        value_scale = gl.convert_layout(
-            gl.reshape(value_scale, [W, T]).to(gl.float32), gl.SliceLayout(2, S), assert_trivial=True
-        )[:, :, None]
-        s = (s * scale[:, None, :] + half_sum[:, None, :]) * key_scale
-        if SOFT_CAP:
-            # cap * tanh(s / cap), of which logits and cap are in base 2.
-            s = soft_cap - 2.0 * soft_cap / (gl.exp2(s * (2.0 * LOG2_E / soft_cap)) + 1.0)
-        weighted = s + _log2_of_scale(value_scale)
-        tile_first = first_page * 16 + tile * (W * T)
-        # Most tiles are seen whole. Slots behind the end hold anything, NaN too.
-        if WINDOW or tile_first + W * T > seen_by_all:
-            position = tile_first + warp_token
-            seen = position <= last[:, None, :]
-            if WINDOW:
-                seen = seen & (position > last[:, None, :] - window)
-            s = gl.where(seen, s, NOTHING)
-            weighted = gl.where(seen, weighted, NOTHING)
-        new_maximum = gl.maximum(maximum, gl.max(weighted, axis=1))
-        decay = gl.exp2(maximum - new_maximum)
-        maximum = new_maximum
-        p = gl.exp2(weighted - new_maximum[:, None, :])
-        lane_decay = gl.convert_layout(decay, gl.SliceLayout(1, total.type.layout), assert_trivial=True)[
-            :, None, :
-        ]
-        total = total * lane_decay + gl.sum(
-            gl.reshape(gl.exp2(s - new_maximum[:, None, :]), [W, 2 * P, 8, R]), axis=1
-        )
-        weight_sum = weight_sum * lane_decay + gl.sum(gl.reshape(p, [W, 2 * P, 8, R]), axis=1)
-        fixed = p * WEIGHT_ONE + (MAGIC + 128.0)
-
-        p0, p1 = gl.split(
-            gl.permute(gl.reshape(fixed.to(gl.int32, bitcast=True), [W, P, 2, 8, R]), [0, 1, 3, 4, 2])
-        )
-        if R == 8:
-            p0 = gl.permute(gl.reshape(p0, [W, P, 8, 2, 4]), [0, 1, 3, 2, 4])
-            p1 = gl.permute(gl.reshape(p1, [W, P, 8, 2, 4]), [0, 1, 3, 2, 4])
-        moved = gl.inline_asm_elementwise(_WEIGHTS, "=r,r,r", [p0, p1], dtype=gl.int32, is_pure=True, pack=1)
-        moved = bytes_of_words(gl.reshape(moved, [W, P * R // 4, 32, 1]), W, P * R // 4, 1)
-        weights = weight_operand(moved, W, P, R, B, PIECES == 2)
-
-        new_attended = ()
-        next_values = ()
-        for i in gl.static_range(len(VALUE_BLOCKS)):
-            packed = values[i] if EARLY else late[i]
-            v = value_operand(packed, value_registers, W, P, VALUE_BITS, VALUE_BLOCKS[i], VALUE_ASM, A)
-            if R == 4:
-                # The products of both pieces first is faster where their sums take few registers.
-                sums = ()
-                for piece in gl.static_range(PIECES):
-                    sums = sums + (sum_values(attended[PIECES * i + piece], v, weights[piece], mma),)
-                for piece in gl.static_range(PIECES):
-                    new_attended = new_attended + (
-                        add_sums(attended[PIECES * i + piece], decay, sums[piece]),
-                    )
-            else:
-                for piece in gl.static_range(PIECES):
-                    x = attended[PIECES * i + piece]
-                    new_attended = new_attended + (add_sums(x, decay, sum_values(x, v, weights[piece], mma)),)
-            if EARLY:
-                first = i * VALUE_BLOCK
-                next_values = next_values + (
-                    load_values(values_at, coming, W, P, VALUE_BITS, D, VALUE_BLOCKS[i], first),
+                values = values + (
+                    load_values(values_at, offset, W, P, VALUE_BITS, D, VALUE_BLOCKS[i], first),
                 )
-        attended = new_attended
-        if EARLY:
-            values = next_values
-        else:
-            keys = load_tile_keys(keys_at, coming, W, P, KEY_BITS, D)
-        offset = coming
-        page = pages_of_tile(first_page + (tile + 2 + PREFETCH) * (W * P), end_page, W, P)
+        scales = load_scales(scales_at, offset, W, P)
+        page = pages_of_tile(run_page + W * P, end_page, W, P)
         block = find_blocks(table_row, page, PAGES_OF_BLOCK, OFFSET)
+        next_offset = offset
+        if PREFETCH:
+            next_offset = offset_of(block, page, block_stride, PAGES_OF_BLOCK, ALL_HEADS)
+            prefetch(keys_at, next_offset, PAGE_WORDS)
+            page = pages_of_tile(run_page + 2 * (W * P), end_page, W, P)
+            block = find_blocks(table_row, page, PAGES_OF_BLOCK, OFFSET)
+        if ANCHOR:
+            store_logits(
+                anchor_logits,
+                anchors,
+                table_row,
+                block_stride,
+                run_page,
+                end_page,
+                anchor_queries + head * G * query_head_stride,
+                anchor_scale,
+                sequence * query_len,
+                query_token_stride,
+                query_head_stride,
+                group * R,
+                total_rows,
+                W,
+                R,
+                D,
+                KV_HEADS,
+                G,
+                PAGES_OF_BLOCK,
+                OFFSET,
+                mma,
+            )
+
+        for tile in range(gl.minimum(tiles - run * RUN, RUN) if ANCHOR else tiles):
+            found = offset_of(block, page, block_stride, PAGES_OF_BLOCK, ALL_HEADS)
+            if PREFETCH:
+                prefetch(keys_at, found, PAGE_WORDS)
+                coming = next_offset
+                next_offset = found
+            else:
+                coming = found
+            s = _products(keys, key_registers, q, W, P, R, D, KEY_BITS, KEY_ASM, SHARED_QUERIES, mma)
+            if EARLY:
+                keys = load_tile_keys(keys_at, coming, W, P, KEY_BITS, D)
+            else:
+                late = ()
+                for i in gl.static_range(len(VALUE_BLOCKS)):
+                    first = i * VALUE_BLOCK
+                    late = late + (
+                        load_values(values_at, offset, W, P, VALUE_BITS, D, VALUE_BLOCKS[i], first),
+                    )
+            key_scale, value_scale = gl.split(scales)  # [W, P, 2, 8]
+            scales = load_scales(scales_at, coming, W, P)
+            key_scale = gl.convert_layout(
+                gl.reshape(key_scale, [W, T]).to(gl.float32), gl.SliceLayout(2, S), assert_trivial=True
+            )[:, :, None]
+            value_scale = gl.convert_layout(
+                gl.reshape(value_scale, [W, T]).to(gl.float32), gl.SliceLayout(2, S), assert_trivial=True
+            )[:, :, None]
+            s = (s * scale[:, None, :] + half_sum[:, None, :]) * key_scale
+            if ANCHOR:
+                s += load_logits(anchor_logits, tile, W, P, R, ROW)[:, None, :]
+            if SOFT_CAP:
+                # cap * tanh(s / cap), of which logits and cap are in base 2.
+                s = soft_cap - 2.0 * soft_cap / (gl.exp2(s * (2.0 * LOG2_E / soft_cap)) + 1.0)
+            weighted = s + _log2_of_scale(value_scale)
+            tile_first = run_page * 16 + tile * (W * T)
+            # Most tiles are seen whole. Slots behind the end hold anything, NaN too.
+            if WINDOW or tile_first + W * T > seen_by_all:
+                position = tile_first + warp_token
+                seen = position <= last[:, None, :]
+                if WINDOW:
+                    seen = seen & (position > last[:, None, :] - window)
+                s = gl.where(seen, s, NOTHING)
+                weighted = gl.where(seen, weighted, NOTHING)
+            new_maximum = gl.maximum(maximum, gl.max(weighted, axis=1))
+            decay = gl.exp2(maximum - new_maximum)
+            maximum = new_maximum
+            p = gl.exp2(weighted - new_maximum[:, None, :])
+            lane_decay = gl.convert_layout(decay, gl.SliceLayout(1, total.type.layout), assert_trivial=True)[
+                :, None, :
+            ]
+            total = total * lane_decay + gl.sum(
+                gl.reshape(gl.exp2(s - new_maximum[:, None, :]), [W, 2 * P, 8, R]), axis=1
+            )
+            weight_sum = weight_sum * lane_decay + gl.sum(gl.reshape(p, [W, 2 * P, 8, R]), axis=1)
+            fixed = p * WEIGHT_ONE + (MAGIC + 128.0)
+
+            p0, p1 = gl.split(
+                gl.permute(gl.reshape(fixed.to(gl.int32, bitcast=True), [W, P, 2, 8, R]), [0, 1, 3, 4, 2])
+            )
+            if R == 8:
+                p0 = gl.permute(gl.reshape(p0, [W, P, 8, 2, 4]), [0, 1, 3, 2, 4])
+                p1 = gl.permute(gl.reshape(p1, [W, P, 8, 2, 4]), [0, 1, 3, 2, 4])
+            moved = gl.inline_asm_elementwise(
+                _WEIGHTS, "=r,r,r", [p0, p1], dtype=gl.int32, is_pure=True, pack=1
+            )
+            moved = bytes_of_words(gl.reshape(moved, [W, P * R // 4, 32, 1]), W, P * R // 4, 1)
+            weights = weight_operand(moved, W, P, R, B, PIECES == 2)
+
+            new_attended = ()
+            next_values = ()
+            for i in gl.static_range(len(VALUE_BLOCKS)):
+                packed = values[i] if EARLY else late[i]
+                v = value_operand(packed, value_registers, W, P, VALUE_BITS, VALUE_BLOCKS[i], VALUE_ASM, A)
+                if R == 4:
+                    # The products of both pieces first is faster where their sums take few registers.
+                    sums = ()
+                    for piece in gl.static_range(PIECES):
+                        sums = sums + (sum_values(attended[PIECES * i + piece], v, weights[piece], mma),)
+                    for piece in gl.static_range(PIECES):
+                        new_attended = new_attended + (
+                            add_sums(attended[PIECES * i + piece], decay, sums[piece]),
+                        )
+                else:
+                    for piece in gl.static_range(PIECES):
+                        x = attended[PIECES * i + piece]
+                        new_attended = new_attended + (
+                            add_sums(x, decay, sum_values(x, v, weights[piece], mma)),
+                        )
+                if EARLY:
+                    first = i * VALUE_BLOCK
+                    next_values = next_values + (
+                        load_values(values_at, coming, W, P, VALUE_BITS, D, VALUE_BLOCKS[i], first),
+                    )
+            attended = new_attended
+            if EARLY:
+                values = next_values
+            else:
+                keys = load_tile_keys(keys_at, coming, W, P, KEY_BITS, D)
+            offset = coming
+            page = pages_of_tile(run_page + (tile + 2 + PREFETCH) * (W * P), end_page, W, P)
+            block = find_blocks(table_row, page, PAGES_OF_BLOCK, OFFSET)
 
     total = gl.convert_layout(gl.sum(total, axis=1), ROW)
     half_weight = gl.convert_layout(gl.sum(weight_sum, axis=1), ROW) * (0.5 * WEIGHT_ONE)  # of c + 1/2

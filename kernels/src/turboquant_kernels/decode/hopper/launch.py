@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -18,7 +18,7 @@ from turboquant_kernels.codec import Codec
 from turboquant_kernels.decode.hopper.fragments import WORD_SHIFT, fragment, level_table, table_registers
 from turboquant_kernels.decode.hopper.kernel import WEIGHT_ONE, decode_kernel
 from turboquant_kernels.decode.hopper.operands import blocks_of
-from turboquant_kernels.formats import PAGE_TOKENS, Encoding, KVFormat
+from turboquant_kernels.formats import ANCHOR_TOKENS, PAGE_TOKENS, Encoding, KVFormat
 from turboquant_kernels.packing import PLANES
 from turboquant_kernels.queries.reference import QuantizedQueries
 
@@ -61,7 +61,7 @@ class Launch:
 
 def supports(fmt: KVFormat, head_dim: int, capability: int, block_stride: int) -> bool:
     """Whether this kernel reads a cache of this format, with blocks `block_stride` bytes apart."""
-    known = fmt.encoding is Encoding.MSE and not fmt.anchor and head_dim in HEAD_DIMS
+    known = fmt.encoding is Encoding.MSE and head_dim in HEAD_DIMS
     return known and capability == 90 and block_stride % 16 == 0
 
 
@@ -128,6 +128,9 @@ def attend_items(
         bool(soft_cap),
     )
     words = kv_cache.view(torch.int32)
+    anchored: tuple[Any, ...] = (None,) * 4
+    if codec.fmt.anchor:
+        anchored = (queries.unrotated, queries.unrotated_scale, *queries.unrotated.stride()[:2])
     decode_kernel[len(items), kv_heads * launch.row_groups(group * query_len)](
         partial,
         stats,
@@ -150,6 +153,7 @@ def attend_items(
         query_len,
         window or 0,
         (soft_cap or 1.0) * math.log2(math.e),
+        *anchored,
         **constexprs,
         OFFSET=_offset_type(words),
         FUSED=merged is not None,
@@ -164,43 +168,57 @@ def value_unit(codec: Codec) -> float:
 
 
 def variants() -> Iterator[AotVariant]:
-    """Formats of the benchmarks at every head dimension, a few others at 128, one and more rows."""
-    pointers = {"partial": "*fp32", "stats": "*fp32", "queries": "*i8", "query_scale": "*fp32"}
-    pointers |= {"query_half_sum": "*fp32", "kv_cache": "*i32", "block_table": "*i32", "seq_lens": "*i32"}
-    pointers |= {
+    """Formats of the benchmarks at every head dimension, a few others at 128, one and more rows; with key
+    anchors those of the benchmarks at 128, and one at every head dimension."""
+    names = ("tq-k4v4", "tq-k3v3", "tq-k8v4", "tq-k5v3", "tq-k4v2", "tq-k6v8", "tq-k2v2")
+    for head_dim in HEAD_DIMS:
+        at_128 = head_dim == 128
+        for rows in (4, 8):
+            for name in names if at_128 else names[:4]:
+                yield _variant(KVFormat.parse(name), head_dim, rows)
+            for name in names[:4] if at_128 else names[:1]:
+                yield _variant(replace(KVFormat.parse(name), anchor=True), head_dim, rows)
+
+
+def _variant(fmt: KVFormat, head_dim: int, rows: int) -> AotVariant:
+    launch = launch_of(fmt, head_dim, rows)
+    signature = {
+        "partial": "*fp32",
+        "stats": "*fp32",
+        "queries": "*i8",
+        "query_scale": "*fp32",
+        "query_half_sum": "*fp32",
+        "kv_cache": "*i32",
+        "block_table": "*i32",
+        "seq_lens": "*i32",
         "items": "*i32",
         "tables": "*i32",
         "attended_out": "*fp32",
         "splits": "*i32",
         "counters": "*i32",
-    }
-    numbers = {
+        "num_seqs": "i32",
+        "unit": "fp32",
         "block_stride": "i32",
         "block_table_stride": "i32",
         "query_len": "i32",
         "window": "i32",
         "soft_cap": "fp32",
-        "num_seqs": "i32",
-        "unit": "fp32",
     }
-    names = ("tq-k4v4", "tq-k3v3", "tq-k8v4", "tq-k5v3", "tq-k4v2", "tq-k6v8", "tq-k2v2")
-    for head_dim in HEAD_DIMS:
-        for name in names if head_dim == 128 else names[:4]:
-            fmt = KVFormat.parse(name)
-            for rows in (4, 8):
-                launch = launch_of(fmt, head_dim, rows)
-                options = {"maxnreg": launch.max_registers} if launch.max_registers else {}
-                yield AotVariant(
-                    name=f"decode-hopper-{name.removeprefix('tq-')}-d{head_dim}-r{rows}",
-                    kernel=decode_kernel,
-                    signature=pointers | numbers,
-                    constexprs=_constexprs(fmt, head_dim, launch, 8, rows, 1, 16, False, False)
-                    | {"OFFSET": gl.int32, "FUSED": True, "sinks": None},
-                    num_warps=launch.num_warps,
-                    options=options,
-                    divisible=("block_stride", "block_table_stride"),
-                    capabilities=(90,),
-                )
+    strides = ["query_token_stride", "query_head_stride"]
+    anchored = {"anchor_queries": "*bf16", "anchor_scale": "fp32", **dict.fromkeys(strides, "i32")}
+    block_size = ANCHOR_TOKENS if fmt.anchor else PAGE_TOKENS
+    constexprs = _constexprs(fmt, head_dim, launch, 8, rows, 1, block_size, False, False)
+    absent: dict[str, Any] = {"sinks": None} | ({} if fmt.anchor else dict.fromkeys(anchored))
+    return AotVariant(
+        name=f"decode-hopper-{fmt.name.removeprefix('tq-')}{'-anchor' * fmt.anchor}-d{head_dim}-r{rows}",
+        kernel=decode_kernel,
+        signature=signature | (anchored if fmt.anchor else {}),
+        constexprs=constexprs | absent | {"OFFSET": gl.int32, "FUSED": True},
+        num_warps=launch.num_warps,
+        options={"maxnreg": launch.max_registers} if launch.max_registers else {},
+        divisible=("block_stride", "block_table_stride", *(strides if fmt.anchor else ())),
+        capabilities=(90,),
+    )
 
 
 @cache
@@ -247,6 +265,7 @@ def _constexprs(
         "PREFETCH": launch.prefetch,
         "WINDOW": window,
         "SOFT_CAP": soft_cap,
+        "ANCHOR": fmt.anchor,
     }
 
 

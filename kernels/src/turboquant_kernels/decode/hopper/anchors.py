@@ -1,0 +1,163 @@
+"""Logits of key anchors: a key is what is stored plus the anchor of its 128 tokens, which is not rotated.
+
+A warp's tile has one anchor, so its logits are added where those of the tile are scaled. They are made before
+a run of tiles, for 16 anchors of each warp, which are rows of `mma.m16n8k16` of bf16, and wait in shared
+memory. Columns are those of the integer products: two for a row of queries, of which one holds the query
+rounded to bf16 and the other what is left of it, nothing where it is bf16.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+from turboquant_kernels.decode.hopper.operands import basis
+from turboquant_kernels.formats import ANCHOR_TOKENS, PAGE_TOKENS
+
+ANCHOR_PAGES = gl.constexpr(ANCHOR_TOKENS // PAGE_TOKENS)
+"""Pages that share an anchor."""
+
+_PREFETCH = gl.constexpr("prefetch.global.L2 [$1]; mov.b32 $0, 0;")
+_ROWS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0]))
+
+
+@gluon.constexpr_function
+def _warp_layout(warps, anchors, rows):
+    """[anchors of a tile, warps that share one, rows]: row t in the lanes of column group t."""
+    registers = basis(2, rows, 3)[2:]
+    lanes = [*basis(2, 4, 3), [0, 0, 0], [0, 0, 0], [0, 0, 0]]
+    warp_bases = basis(1, warps // anchors, 3) + basis(0, anchors, 3)
+    return gl.DistributedLinearLayout(registers, lanes, warp_bases, [], [anchors, warps // anchors, rows])
+
+
+@gluon.constexpr_function
+def tiles_of_run(pages):
+    """Tiles of so many pages a warp that 16 anchors a warp serve."""
+    return 16 * ANCHOR_PAGES.value // pages
+
+
+@gluon.jit
+def allocate_logits(W: gl.constexpr, P: gl.constexpr, R: gl.constexpr):
+    """Room for the logits of a run, float32 [tiles, anchors of a tile, R]."""
+    return gl.allocate_shared_memory(gl.float32, [tiles_of_run(P), W * P // ANCHOR_PAGES, R], _ROWS)
+
+
+@gluon.jit
+def _vectors_of_run(
+    anchors,
+    table_row,
+    block_stride,
+    first_page,
+    end_page,
+    W: gl.constexpr,
+    D: gl.constexpr,
+    KV_HEADS: gl.constexpr,
+    PAGES_OF_BLOCK: gl.constexpr,
+    OFFSET: gl.constexpr,
+    L: gl.constexpr,
+):
+    """Where the 16 anchors of each warp begin: pointers to bf16, [W, 16, 1].
+
+    anchors: int32 words, from the KV head's first anchor of block 0. Anchors behind the end are the last one.
+    """
+    OF_BLOCK: gl.constexpr = PAGES_OF_BLOCK // ANCHOR_PAGES
+    index = gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(2, L)))[None, :, None]
+    index += first_page // ANCHOR_PAGES
+    index += gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, L)))[:, None, None] * 16
+    index = gl.minimum(index, (end_page - 1) // ANCHOR_PAGES)
+    block = gl.load(table_row + index // OF_BLOCK).to(OFFSET)
+    vector = anchors + (block * block_stride + index % OF_BLOCK * (KV_HEADS * D // 2))
+    return vector.to(gl.pointer_type(gl.bfloat16), bitcast=True)
+
+
+@gluon.jit
+def prefetch_anchors(
+    anchors,
+    table_row,
+    block_stride,
+    first_page,
+    end_page,
+    W: gl.constexpr,
+    D: gl.constexpr,
+    KV_HEADS: gl.constexpr,
+    PAGES_OF_BLOCK: gl.constexpr,
+    OFFSET: gl.constexpr,
+):
+    """Starts the way of a run's anchors to the L2 cache: registers to load all at once are few."""
+    L: gl.constexpr = gl.BlockedLayout([1, 2, 1], [1, 8, 4], [W, 1, 1], [2, 1, 0])
+    vector = _vectors_of_run(
+        anchors, table_row, block_stride, first_page, end_page, W, D, KV_HEADS, PAGES_OF_BLOCK, OFFSET, L
+    )
+    quarter = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, L)))[None, None, :]
+    gl.inline_asm_elementwise(
+        _PREFETCH, "=r,l", [vector + quarter * (D // 4)], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def store_logits(
+    logits,
+    anchors,
+    table_row,
+    block_stride,
+    first_page,
+    end_page,
+    queries,
+    scale,
+    token,
+    token_stride,
+    head_stride,
+    first_row,
+    total_rows,
+    W: gl.constexpr,
+    R: gl.constexpr,
+    D: gl.constexpr,
+    KV_HEADS: gl.constexpr,
+    GROUP: gl.constexpr,
+    PAGES_OF_BLOCK: gl.constexpr,
+    OFFSET: gl.constexpr,
+    mma: gl.constexpr,
+):
+    """Makes the logits of the run of tiles that begins at `first_page`, a multiple of `ANCHOR_PAGES`.
+
+    queries: any float, from the KV head's first query head on; `token` is the sequence's first query token.
+    """
+    # All warps have done with the logits of the run before. Nor do loads of the run's first tile pass the
+    # barrier, which the compiler would otherwise make only when it has the registers of what follows free.
+    gl.thread_barrier()
+    A: gl.constexpr = gl.DotOperandLayout(0, mma, 8)
+    B: gl.constexpr = gl.DotOperandLayout(1, mma, 8)
+    vector = _vectors_of_run(
+        anchors, table_row, block_stride, first_page, end_page, W, D, KV_HEADS, PAGES_OF_BLOCK, OFFSET, A
+    )
+    column = gl.arange(0, 2 * R, gl.SliceLayout(0, gl.SliceLayout(1, B)))[None, None, :]
+    row = first_row + column // 2
+    query = (token + row // GROUP) * token_stride + row % GROUP * head_stride
+    # Zeros that give a tensor its dimension of warps, each of which holds a copy.
+    no_warp = gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, B)))[:, None, None] * 0
+    query += no_warp
+    used = (row < total_rows) & (no_warp == 0)
+    products = gl.full([W, 16, 2 * R], 0.0, gl.float32, mma)
+    for first in gl.static_range(0, D, 64):
+        d = first + gl.arange(0, 64, gl.SliceLayout(0, gl.SliceLayout(1, A)))[None, None, :]
+        a = gl.load(vector + d)
+        d = first + gl.arange(0, 64, gl.SliceLayout(0, gl.SliceLayout(2, B)))[None, :, None]
+        # The second condition always holds: it gives the mask the shape of what is loaded.
+        q = gl.load(queries + query + d, mask=used & (d >= 0), other=0.0).to(gl.float32)
+        rounded = q.to(gl.bfloat16)
+        left = (q - rounded.to(gl.float32)).to(gl.bfloat16)
+        products = mma_v2(a, gl.where(column % 2 == 0, rounded, left), products)
+    of_rounded, of_left = gl.split(gl.reshape(products, [W, 16, R, 2]))
+    logits._reinterpret(gl.float32, [16 * W, R], _ROWS).store(
+        gl.reshape((of_rounded + of_left) * scale, [16 * W, R])
+    )
+    gl.thread_barrier()
+
+
+@gluon.jit
+def load_logits(logits, tile, W: gl.constexpr, P: gl.constexpr, R: gl.constexpr, ROW: gl.constexpr):
+    """Those of the anchors of a tile of the run, each warp's own: float32 [W, R]."""
+    ANCHORS: gl.constexpr = W * P // ANCHOR_PAGES
+    L: gl.constexpr = _warp_layout(W, ANCHORS, R)
+    x = logits.index(tile).load(gl.SliceLayout(1, L))
+    x, _ = gl.broadcast(x[:, None, :], gl.full([ANCHORS, W // ANCHORS, R], 0.0, gl.float32, L))
+    return gl.convert_layout(gl.reshape(x, [W, R]), ROW, assert_trivial=True)
