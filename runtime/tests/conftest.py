@@ -154,8 +154,9 @@ def start_engine() -> Iterator[Callable[..., Engine]]:
         runner = os.environ.get("VLLM_USE_V2_MODEL_RUNNER")
         key = repr((str(model), kv_cache_dtype, runner, sorted(arguments.items())))
         if key not in engines:
-            # Otherwise vLLM keeps the groups of the process's first engine, which have none of experts.
-            destroy_model_parallel()
+            if arguments.get("distributed_executor_backend") != "mp":
+                # Otherwise vLLM keeps the groups of the process's first engine, which have none of experts.
+                destroy_model_parallel()
             engines[key] = Engine(model, kv_cache_dtype, **arguments)
         return engines[key]
 

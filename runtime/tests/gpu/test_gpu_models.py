@@ -39,7 +39,9 @@ def engines(start_on_gpu, dummy_model):
     def start(shape: str) -> list:
         name, overrides, _ = SHAPES[shape]
         model = dummy_model(name, weights=0, **overrides)
-        return [start_on_gpu(model, cache) for cache in ("tq-k8v8", "auto")]
+        # Of linear attention vLLM picks FlashInfer's kernel, also where FlashInfer is not installed.
+        arguments = {"gdn_prefill_backend": "triton"} if name == "QWEN3_NEXT" else {}
+        return [start_on_gpu(model, cache, **arguments) for cache in ("tq-k8v8", "auto")]
 
     return start
 
@@ -103,10 +105,10 @@ def test_layers_of_a_plan_have_their_own_formats(start_on_gpu, dummy_model, toke
 
 
 def test_fp8_weights(start_on_gpu, dummy_model, tokens) -> None:
-    model = dummy_model("LLAMA", weights=0)
+    # Activations in fp8 magnify what differs before them, the more so without norms.
+    model = dummy_model("GEMMA3", weights=0, tie_word_embeddings=False)
     engines = [start_on_gpu(model, name, quantization="fp8") for name in ("tq-k8v8", "auto")]
-    # Activations in fp8 magnify what differs before them.
-    assert_next_to_each_other(*engines, [tokens(300)], near=1.0)
+    assert_next_to_each_other(*engines, [tokens(300)], near=0.3)
 
 
 def test_lora(start_on_gpu, dummy_model, tokens, tmp_path) -> None:

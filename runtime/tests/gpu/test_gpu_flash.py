@@ -1,0 +1,133 @@
+"""vLLM's FlashAttention as the prefill's attention: no engine, one layer against float64.
+
+The kernels' own tests give the prefill PyTorch's attention. Where a context is cut into tiles, and beside a
+sink, its results depend on the log-sum-exp too.
+"""
+
+import pytest
+import torch
+
+from turboquant_kernels.codec import Codec
+from turboquant_kernels.formats import KVFormat
+from turboquant_kernels.prefill.attention import prefill_attention
+from turboquant_kernels.prefill.tiles import plan_tiles
+from turboquant_kernels.store.kernel import store
+
+pytestmark = pytest.mark.gpu
+
+TOKENS, HEADS, KV_HEADS, BLOCK = 700, 4, 2, 16
+SINKS = (11.0, 8.0, 10.0, 4.0)
+
+
+@pytest.fixture(params=[64, 128])
+def head_dim(request) -> int:
+    return request.param
+
+
+@pytest.fixture(params=[None, 64], ids=["all tokens", "window"])
+def window(request) -> int | None:
+    return request.param
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "sinks"])
+def sinks(request) -> torch.Tensor | None:
+    return torch.tensor(SINKS, dtype=torch.bfloat16, device="cuda") if request.param else None
+
+
+@pytest.fixture
+def layer(head_dim: int) -> list[torch.Tensor]:
+    """query, key and value of one sequence: scores spread by 4."""
+    torch.manual_seed(0)
+    return [
+        torch.randn(TOKENS, heads, head_dim, dtype=torch.bfloat16, device="cuda") * gain
+        for heads, gain in ((HEADS, 2), (KV_HEADS, 2), (KV_HEADS, 1))
+    ]
+
+
+def exact(layer, window: int | None, sinks: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output [tokens, heads, D] and log-sum-exp [heads, tokens] in float64; a sink is in the output alone."""
+    query, key, value = (x.double() for x in layer)
+    key, value = (x.repeat_interleave(HEADS // KV_HEADS, dim=1) for x in (key, value))
+    score = torch.einsum("qhd,khd->hqk", query, key) * query.shape[-1] ** -0.5
+    place = torch.arange(TOKENS, device="cuda")
+    seen = place <= place[:, None]
+    if window is not None:
+        seen &= place > place[:, None] - window
+    score = score.masked_fill(~seen, -torch.inf)
+    total = score.logsumexp(-1)
+    with_sink = total if sinks is None else torch.logaddexp(total, sinks.double()[:, None])
+    return torch.einsum("hqk,khd->qhd", (score - with_sink[..., None]).exp(), value), total
+
+
+def relative(output: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((output.double() - expected).norm() / expected.norm()).item()
+
+
+def test_its_output_and_log_sum(layer, head_dim: int, window: int | None) -> None:
+    from turboquant_runtime.backends.flash import flash_attention
+
+    starts = torch.tensor([0, TOKENS], dtype=torch.int32, device="cuda")
+    output, log_sum = flash_attention(head_dim)(
+        *layer,
+        query_starts=starts,
+        key_starts=starts,
+        max_queries=TOKENS,
+        max_keys=TOKENS,
+        scale=head_dim**-0.5,
+        causal=True,
+        window=window,
+        soft_cap=None,
+    )
+    expected, expected_log_sum = exact(layer, window, None)
+    assert relative(output, expected) < 0.01
+    torch.testing.assert_close(log_sum.double(), expected_log_sum, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("capacity", [1024, 256], ids=["one tile", "tiles"])
+def test_a_prefill_reads_what_the_pages_hold(
+    layer, head_dim: int, window: int | None, sinks: torch.Tensor | None, capacity: int
+) -> None:
+    """At 8 bits, whose own error is the bound."""
+    from turboquant_runtime.backends.flash import flash_attention
+
+    query, key, value = layer
+    codec, blocks = Codec(KVFormat(8, 8), head_dim), -(-TOKENS // BLOCK)
+    shape = (blocks, BLOCK, KV_HEADS, codec.fmt.slot_bytes(head_dim))
+    cache = torch.zeros(shape, dtype=torch.uint8, device="cuda")
+    store(codec, key, value, cache, torch.arange(TOKENS, device="cuda"))
+    tiles = plan_tiles([0, TOKENS], [TOKENS], capacity=capacity, window=window)
+    output = prefill_attention(
+        codec,
+        query,
+        cache,
+        torch.arange(blocks, dtype=torch.int32, device="cuda")[None],
+        [tile.to(query.device) for tile in tiles],
+        flash_attention(head_dim),
+        scale=head_dim**-0.5,
+        window=window,
+        sinks=sinks,
+    )
+    assert relative(output, exact(layer, window, sinks)[0]) < 0.03
+
+
+def test_vllms_own_sinks(layer, head_dim: int, window: int | None) -> None:
+    """What an engine with vLLM's own cache makes of them is the same."""
+    from vllm.v1.attention.backends import fa_utils
+
+    if fa_utils.get_flash_attn_version(head_size=head_dim) != 3:
+        pytest.skip("FlashAttention 3 alone is known to take sinks")
+    starts = torch.tensor([0, TOKENS], dtype=torch.int32, device="cuda")
+    sinks = torch.tensor(SINKS, dtype=torch.bfloat16, device="cuda")
+    output = fa_utils.flash_attn_varlen_func(
+        *layer,
+        cu_seqlens_q=starts,
+        cu_seqlens_k=starts,
+        max_seqlen_q=TOKENS,
+        max_seqlen_k=TOKENS,
+        softmax_scale=head_dim**-0.5,
+        causal=True,
+        window_size=[-1, -1] if window is None else [window - 1, 0],
+        fa_version=3,
+        s_aux=sinks,
+    )
+    assert relative(output, exact(layer, window, sinks)[0]) < 0.01

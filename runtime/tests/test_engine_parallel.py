@@ -1,0 +1,38 @@
+"""The CPU engine in two workers, each with a process of its own: the answers of one, and twice its cache.
+
+In float32, so that only the order of sums differs.
+"""
+
+from functools import partial
+
+import pytest
+from answers import assert_same_answers
+
+pytestmark = pytest.mark.engine
+
+MEMORY, MAX_TOKENS = 16 << 20, 16
+PROMPTS = [[3 + index * index * 7 % 113 for index in range(length)] for length in (300, 40)]
+
+
+@pytest.mark.parametrize("parallel", ["tensor", "pipeline"])
+def test_two_workers_answer_as_one_and_hold_twice_as_much(start_engine, dummy_model, parallel: str) -> None:
+    from turboquant_runtime.adapters.baseline import measure_capacity
+
+    start = partial(
+        start_engine,
+        dummy_model("LLAMA", weights=0),
+        dtype="float32",
+        kv_cache_memory_bytes=MEMORY,
+        max_model_len=1024,
+        max_num_batched_tokens=512,
+    )
+    one = start("tq-k4v4")
+    two = start("tq-k4v4", **{f"{parallel}_parallel_size": 2}, distributed_executor_backend="mp")
+    outputs, expected = (engine.generate(PROMPTS, MAX_TOKENS, logprobs=2) for engine in (two, one))
+    assert_same_answers(outputs, expected, rounding=0.01, flip=0.2)
+    assert two.capacity_tokens == pytest.approx(2 * one.capacity_tokens, rel=0.01)
+    # The baseline of two workers is what two would hold of the model's own dtype.
+    plain, specs = start("auto"), two.executor.get_kv_cache_specs()
+    assert len(specs) == 2
+    capacity = measure_capacity(two.config, specs, [MEMORY, MEMORY])
+    assert capacity.baseline_tokens == pytest.approx(2 * plain.capacity_tokens, rel=0.02)
