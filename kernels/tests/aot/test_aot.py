@@ -10,6 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from hopper_memory import shared_bytes
+
+from turboquant_kernels.decode import hopper
+from turboquant_kernels.formats import KVFormat
 
 RESOURCES = Path(__file__).parent / "resources.py"
 BOUNDS = json.loads((RESOURCES.parent / "bounds.json").read_text())
@@ -28,3 +32,12 @@ def test_a_named_variant_stays_within_its_bounds(name, compiled):
     assert name in compiled, "no variant of this name ships any more"
     taken = {resource: compiled[name][resource] for resource in ("registers", "spill_bytes")}
     assert all(taken[resource] <= BOUNDS[name][resource] for resource in taken), (taken, BOUNDS[name])
+
+
+@pytest.mark.parametrize("name", [name for name in BOUNDS if name.startswith("decode-hopper-")])
+def test_the_ring_of_pages_begins_the_shared_memory(name, compiled):
+    """Its addresses count from there, which the compiler does not know: nothing else lives beside it."""
+    options = next(variant for variant in hopper.variants() if variant.name == name).constexprs
+    fmt = KVFormat(options["KEY_BITS"], options["VALUE_BITS"], anchor=options["ANCHOR"])
+    launch = hopper.launch_of(fmt, options["D"], options["R"])
+    assert compiled[name]["shared_bytes"] == shared_bytes(fmt, options["D"], launch)

@@ -35,10 +35,14 @@ def tiles_of_run(pages):
     return 16 * ANCHOR_PAGES.value // pages
 
 
-@gluon.jit
-def allocate_logits(W: gl.constexpr, P: gl.constexpr, R: gl.constexpr):
-    """Room for the logits of a run, float32 [tiles, anchors of a tile, R]."""
-    return gl.allocate_shared_memory(gl.float32, [tiles_of_run(P), W * P // ANCHOR_PAGES, R], _ROWS)
+@gluon.constexpr_function
+def _anchors_of_tile(warps, pages):
+    return max(1, warps * pages // ANCHOR_PAGES.value)
+
+
+@gluon.constexpr_function
+def _tiles_of_anchor(warps, pages):
+    return max(1, ANCHOR_PAGES.value // (warps * pages))
 
 
 @gluon.jit
@@ -95,7 +99,7 @@ def prefetch_anchors(
 
 @gluon.jit
 def store_logits(
-    logits,
+    memory,
     anchors,
     table_row,
     block_stride,
@@ -121,8 +125,7 @@ def store_logits(
 
     queries: any float, from the KV head's first query head on; `token` is the sequence's first query token.
     """
-    # All warps have done with the logits of the run before. Nor do loads of the run's first tile pass the
-    # barrier, which the compiler would otherwise make only when it has the registers of what follows free.
+    # All warps have done with the logits of the run before.
     gl.thread_barrier()
     A: gl.constexpr = gl.DotOperandLayout(0, mma, 8)
     B: gl.constexpr = gl.DotOperandLayout(1, mma, 8)
@@ -147,17 +150,18 @@ def store_logits(
         left = (q - rounded.to(gl.float32)).to(gl.bfloat16)
         products = mma_v2(a, gl.where(column % 2 == 0, rounded, left), products)
     of_rounded, of_left = gl.split(gl.reshape(products, [W, 16, R, 2]))
-    logits._reinterpret(gl.float32, [16 * W, R], _ROWS).store(
+    memory._reinterpret(gl.float32, [16 * W, R], _ROWS).store(
         gl.reshape((of_rounded + of_left) * scale, [16 * W, R])
     )
     gl.thread_barrier()
 
 
 @gluon.jit
-def load_logits(logits, tile, W: gl.constexpr, P: gl.constexpr, R: gl.constexpr, ROW: gl.constexpr):
+def load_logits(memory, tile, W: gl.constexpr, P: gl.constexpr, R: gl.constexpr, ROW: gl.constexpr):
     """Those of the anchors of a tile of the run, each warp's own: float32 [W, R]."""
-    ANCHORS: gl.constexpr = W * P // ANCHOR_PAGES
-    L: gl.constexpr = _warp_layout(W, ANCHORS, R)
-    x = logits.index(tile).load(gl.SliceLayout(1, L))
-    x, _ = gl.broadcast(x[:, None, :], gl.full([ANCHORS, W // ANCHORS, R], 0.0, gl.float32, L))
+    OF_TILE: gl.constexpr = _anchors_of_tile(W, P)
+    L: gl.constexpr = _warp_layout(W, OF_TILE, R)
+    logits = memory._reinterpret(gl.float32, [16 * W // OF_TILE, OF_TILE, R], _ROWS)
+    x = logits.index(tile // _tiles_of_anchor(W, P)).load(gl.SliceLayout(1, L))
+    x, _ = gl.broadcast(x[:, None, :], gl.full([OF_TILE, W // OF_TILE, R], 0.0, gl.float32, L))
     return gl.convert_layout(gl.reshape(x, [W, R]), ROW, assert_trivial=True)

@@ -1,15 +1,15 @@
 """Decode attention for Hopper, in Gluon: an item's compressed pages to its partial result.
 
-Each warp owns whole tokens and keeps everything in registers. A tile of 32 or 64 tokens goes
+Each warp owns whole tokens. A tile of 16 to 64 tokens goes
 
-    packed words -> int8 operands -> logits -> weights -> int8 operands -> attended
+    pages -> ring in shared memory -> int8 operands -> logits -> weights -> int8 operands -> attended
 
-without shared memory or barriers; the warps of a program are merged once, at its end. What makes it fast
-(measured in docs/benchmarks.md):
+without barriers between warps; those of a program are merged once, at its end (`epilogue`). What makes it
+fast (measured in docs/benchmarks.md):
 
 - Tokens are the M dimension of `mma.m16n8k32`, and rows (query heads of a KV head, times query tokens) the N
   dimension, two columns each: the int8 halves of a 16-bit query. Four rows need no padding.
-- Pages are read as they are stored, up to 16 bytes a lane, one tile ahead; `fragments` says how codes
+- Pages are copied as they are stored, a tile ahead, without registers (`ring`); `fragments` says how codes
   become operands in about 8 instructions for 8 codes, of which as few as can be take the pipe of look-ups
   and logic, the busiest.
 - Integer sums are exact, so weights are 15-bit fixed-point numbers in two int8 halves.
@@ -25,13 +25,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from turboquant_kernels.decode.hopper.anchors import (
-    allocate_logits,
     load_logits,
     prefetch_anchors,
     store_logits,
     tiles_of_run,
 )
-from turboquant_kernels.decode.hopper.merge import merge_splits, store_zeros
+from turboquant_kernels.decode.hopper.epilogue import merge_warps, share_rows, share_sums
+from turboquant_kernels.decode.hopper.merge import merge_splits, store_alone, store_zeros
 from turboquant_kernels.decode.hopper.operands import (
     blocks_of,
     bytes_of_words,
@@ -41,20 +41,21 @@ from turboquant_kernels.decode.hopper.operands import (
     load_table,
     share_queries,
 )
-from turboquant_kernels.decode.hopper.pages import (
-    find_blocks,
+from turboquant_kernels.decode.hopper.pages import find_blocks, offset_of, pages_of_tile
+from turboquant_kernels.decode.hopper.ring import (
+    STAGES,
+    fill,
+    load_keys,
     load_scales,
-    load_tile_keys,
-    offset_of,
-    pages_of_tile,
-    prefetch,
+    load_values,
+    make_ring,
+    ring_rows,
+    wait,
 )
 from turboquant_kernels.decode.hopper.values import (
     MAGIC,
     add_sums,
-    load_values,
     no_attended,
-    store_attended,
     sum_values,
     value_operand,
     weight_operand,
@@ -75,7 +76,7 @@ _LOG2 = gl.constexpr("lg2.approx.ftz.f32 $0, $1;")
 
 @gluon.jit
 def _products(
-    keys,
+    tile,
     registers,
     q,
     W: gl.constexpr,
@@ -85,6 +86,8 @@ def _products(
     BITS: gl.constexpr,
     ASM: gl.constexpr,
     SHARED_QUERIES: gl.constexpr,
+    QUERIES_AT: gl.constexpr,
+    PAGE_WORDS: gl.constexpr,
     mma: gl.constexpr,
 ):
     """Integer products of a tile's keys and the queries, halves put together: float32 [W, 16 P tokens, R]."""
@@ -92,9 +95,15 @@ def _products(
     A: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
     B: gl.constexpr = gl.DotOperandLayout(1, mma, 4)
     products = gl.full([W, P * 16, 2 * R], 0, gl.int32, mma)
+    packed = ()
     for i in gl.static_range(len(BLOCKS)):
-        k8 = key_operand(keys[i], registers, W, P, BITS, BLOCKS[i], i, ASM, A)
-        q8 = load_shared_queries(q[i], W, 2 * R, BLOCKS[i], B) if SHARED_QUERIES else q[i]
+        packed = packed + (load_keys(tile, W, P, BITS, D, BLOCKS[i], i * 128, PAGE_WORDS),)
+    for i in gl.static_range(len(BLOCKS)):
+        k8 = key_operand(packed[i], registers, W, P, BITS, BLOCKS[i], i, ASM, A)
+        if SHARED_QUERIES:
+            q8 = load_shared_queries(QUERIES_AT + i * 256 * R, W, 2 * R, BLOCKS[i], B)
+        else:
+            q8 = q[i]
         products = mma_v2(k8, q8, products)
     high, low = gl.split(gl.reshape(products, [W, P * 16, R, 2]))
     return (high * 256 + low).to(gl.float32)
@@ -152,8 +161,7 @@ def decode_kernel(
     P: gl.constexpr,
     VALUE_BLOCK: gl.constexpr,
     SHARED_QUERIES: gl.constexpr,
-    EARLY: gl.constexpr,
-    PREFETCH: gl.constexpr,
+    EVICT_FIRST: gl.constexpr,
     WINDOW: gl.constexpr,
     SOFT_CAP: gl.constexpr,
     ANCHOR: gl.constexpr,
@@ -207,10 +215,47 @@ def decode_kernel(
     if first_page >= end_page:
         return
     seq_len = gl.load(seq_lens + sequence)
+    count = 0
+    if FUSED:
+        count = gl.load(splits + 2 * sequence + 1)
 
     # Rows: query head g of token i is row i * G + g, where G query heads share the KV head.
     G: gl.constexpr = GROUP
     total_rows = query_len * G
+
+    # Pages first: what follows runs while they are on their way.
+    tiles = gl.cdiv(end_page - first_page, W * P)
+    table_row = block_table + sequence * block_table_stride
+    pages_at = kv_cache + head * PAGE_WORDS
+    RING_ROWS: gl.constexpr = ring_rows(W, P, PAGE_WORDS, 256 * R)
+    QUERY_ROWS: gl.constexpr = len(KEY_BLOCKS) if SHARED_QUERIES else 0
+    memory = gl.allocate_shared_memory(
+        gl.int32, [RING_ROWS + QUERY_ROWS + ANCHOR, 64 * R], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    )
+    blocks = ()
+    for stage in gl.static_range(STAGES):
+        page = pages_of_tile(first_page + stage * (W * P), end_page, W, P)
+        blocks = blocks + (find_blocks(table_row, page, PAGES_OF_BLOCK, OFFSET),)
+    ring, arrivals = make_ring(W, P, PAGE_WORDS)
+    for stage in gl.static_range(STAGES):
+        page = pages_of_tile(first_page + stage * (W * P), end_page, W, P)
+        offset = offset_of(blocks[stage], page, block_stride, PAGES_OF_BLOCK, ALL_HEADS)
+        to = ring + stage * (P * PAGE_WORDS * 4)
+        fill(to, arrivals + stage * 8, pages_at + offset, tiles > stage, W, P, PAGE_WORDS, EVICT_FIRST)
+    if ANCHOR:
+        anchors = kv_cache + PAGES_OF_BLOCK * ALL_HEADS + head * (D // 2)
+        prefetch_anchors(
+            anchors,
+            table_row,
+            block_stride,
+            first_page,
+            end_page,
+            W,
+            D,
+            KV_HEADS,
+            PAGES_OF_BLOCK,
+            OFFSET,
+        )
 
     # Queries: int8 [tokens, q_heads, 2, D]; column 2 r of the operand is the high half of row r.
     column = gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(1, B)))[None, None, :]
@@ -221,21 +266,18 @@ def decode_kernel(
     # Zeros that give a tensor its dimension of warps, each of which holds a copy.
     no_warp = gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, B)))[:, None, None] * 0
     q = ()
-    used = (row < total_rows) & (no_warp == 0)
+    used = row < total_rows
     for i in gl.static_range(len(KEY_BLOCKS)):
-        part = load_queries(queries + i * 128, q_row + no_warp, used, KEY_BITS, KEY_BLOCKS[i], B)
         if SHARED_QUERIES:
-            q = q + (share_queries(part, W, N, KEY_BLOCKS[i]),)
+            part = load_queries(queries + i * 128, q_row, used, KEY_BITS, KEY_BLOCKS[i], B)
+            share_queries(memory.index(RING_ROWS + i), part, W, N, KEY_BLOCKS[i])
         else:
-            q = q + (part,)
-
+            of_warp = used & (no_warp == 0)
+            q = q + (load_queries(queries + i * 128, q_row + no_warp, of_warp, KEY_BITS, KEY_BLOCKS[i], B),)
+    if SHARED_QUERIES:
+        gl.thread_barrier()
     key_registers = load_table(tables, KEY_REGISTERS, W, P)
     value_registers = load_table(tables + 32 * KEY_REGISTERS, VALUE_REGISTERS, W, P)
-
-    table_row = block_table + sequence * block_table_stride
-    keys_at = kv_cache + head * PAGE_WORDS
-    values_at = keys_at + D * KEY_BITS // 2
-    scales_at = (keys_at + CODE_WORDS).to(gl.pointer_type(gl.float16), bitcast=True)
 
     products = gl.full([W, T, N], 0, gl.int32, mma)
     high, _ = gl.split(gl.reshape(products, [W, T, R, 2]))
@@ -273,205 +315,183 @@ def decode_kernel(
     total = lane_zero  # of each lane's own tokens; summed over lanes at the end
     weight_sum = lane_zero
 
-    # With anchors tiles are read in runs, before each of which its anchors' logits are made.
-    tiles = gl.cdiv(end_page - first_page, W * P)
+    stage = 0
+    parity = 0
     RUN: gl.constexpr = tiles_of_run(P)
-    if ANCHOR:
-        anchors = kv_cache + PAGES_OF_BLOCK * ALL_HEADS + head * (D // 2)
-        anchor_logits = allocate_logits(W, P, R)
-    for run in range(gl.cdiv(tiles, RUN) if ANCHOR else 1):
-        run_page = first_page + run * (RUN * W * P) if ANCHOR else first_page
+    for tile in range(tiles):
         if ANCHOR:
-            prefetch_anchors(
-                anchors,
-                table_row,
-                block_stride,
-                run_page,
-                end_page,
-                W,
-                D,
-                KV_HEADS,
-                PAGES_OF_BLOCK,
-                OFFSET,
-            )
-        # Of the tile after the next the blocks are looked up while this one is computed, and with PREFETCH
-        # its pages start on their way to the L2 cache.
-        page = pages_of_tile(run_page, end_page, W, P)
-        block = find_blocks(table_row, page, PAGES_OF_BLOCK, OFFSET)
-        offset = offset_of(block, page, block_stride, PAGES_OF_BLOCK, ALL_HEADS)
-        keys = load_tile_keys(keys_at, offset, W, P, KEY_BITS, D)
-        values = ()
-        if EARLY:
-            for i in gl.static_range(len(VALUE_BLOCKS)):
-                first = i * VALUE_BLOCK
-                values = values + (
-                    load_values(values_at, offset, W, P, VALUE_BITS, D, VALUE_BLOCKS[i], first),
+            if tile % RUN == 0:
+                store_logits(
+                    memory.index(RING_ROWS + QUERY_ROWS),
+                    anchors,
+                    table_row,
+                    block_stride,
+                    first_page + tile * (W * P),
+                    end_page,
+                    anchor_queries + head * G * query_head_stride,
+                    anchor_scale,
+                    sequence * query_len,
+                    query_token_stride,
+                    query_head_stride,
+                    group * R,
+                    total_rows,
+                    W,
+                    R,
+                    D,
+                    KV_HEADS,
+                    G,
+                    PAGES_OF_BLOCK,
+                    OFFSET,
+                    mma,
                 )
-        scales = load_scales(scales_at, offset, W, P)
-        page = pages_of_tile(run_page + W * P, end_page, W, P)
+        # The blocks of the tile that will take this one's place are looked up while it is computed.
+        page = pages_of_tile(first_page + (tile + STAGES) * (W * P), end_page, W, P)
         block = find_blocks(table_row, page, PAGES_OF_BLOCK, OFFSET)
-        next_offset = offset
-        if PREFETCH:
-            next_offset = offset_of(block, page, block_stride, PAGES_OF_BLOCK, ALL_HEADS)
-            prefetch(keys_at, next_offset, PAGE_WORDS)
-            page = pages_of_tile(run_page + 2 * (W * P), end_page, W, P)
-            block = find_blocks(table_row, page, PAGES_OF_BLOCK, OFFSET)
+        ready = ring + stage * (P * PAGE_WORDS * 4)
+        arrival = arrivals + stage * 8
+        wait(arrival, parity)
+        s = _products(
+            ready,
+            key_registers,
+            q,
+            W,
+            P,
+            R,
+            D,
+            KEY_BITS,
+            KEY_ASM,
+            SHARED_QUERIES,
+            RING_ROWS * 256 * R,
+            PAGE_WORDS,
+            mma,
+        )
+        key_scale, value_scale = load_scales(ready, W, P, CODE_WORDS, PAGE_WORDS)
+        key_scale = gl.convert_layout(
+            gl.reshape(key_scale, [W, T]), gl.SliceLayout(2, S), assert_trivial=True
+        )[:, :, None]
+        value_scale = gl.convert_layout(
+            gl.reshape(value_scale, [W, T]), gl.SliceLayout(2, S), assert_trivial=True
+        )[:, :, None]
+        s = (s * scale[:, None, :] + half_sum[:, None, :]) * key_scale
         if ANCHOR:
-            store_logits(
-                anchor_logits,
-                anchors,
-                table_row,
-                block_stride,
-                run_page,
-                end_page,
-                anchor_queries + head * G * query_head_stride,
-                anchor_scale,
-                sequence * query_len,
-                query_token_stride,
-                query_head_stride,
-                group * R,
-                total_rows,
+            s += load_logits(memory.index(RING_ROWS + QUERY_ROWS), tile % RUN, W, P, R, ROW)[:, None, :]
+        if SOFT_CAP:
+            # cap * tanh(s / cap), of which logits and cap are in base 2.
+            s = soft_cap - 2.0 * soft_cap / (gl.exp2(s * (2.0 * LOG2_E / soft_cap)) + 1.0)
+        weighted = s + _log2_of_scale(value_scale)
+        tile_first = first_page * 16 + tile * (W * T)
+        # Most tiles are seen whole. Slots behind the end hold anything, NaN too.
+        if WINDOW or tile_first + W * T > seen_by_all:
+            position = tile_first + warp_token
+            seen = position <= last[:, None, :]
+            if WINDOW:
+                seen = seen & (position > last[:, None, :] - window)
+            s = gl.where(seen, s, NOTHING)
+            weighted = gl.where(seen, weighted, NOTHING)
+        new_maximum = gl.maximum(maximum, gl.max(weighted, axis=1))
+        decay = gl.exp2(maximum - new_maximum)
+        maximum = new_maximum
+        p = gl.exp2(weighted - new_maximum[:, None, :])
+        lane_decay = gl.convert_layout(decay, gl.SliceLayout(1, total.type.layout), assert_trivial=True)[
+            :, None, :
+        ]
+        total = total * lane_decay + gl.sum(
+            gl.reshape(gl.exp2(s - new_maximum[:, None, :]), [W, 2 * P, 8, R]), axis=1
+        )
+        weight_sum = weight_sum * lane_decay + gl.sum(gl.reshape(p, [W, 2 * P, 8, R]), axis=1)
+        fixed = p * WEIGHT_ONE + (MAGIC + 128.0)
+
+        p0, p1 = gl.split(
+            gl.permute(gl.reshape(fixed.to(gl.int32, bitcast=True), [W, P, 2, 8, R]), [0, 1, 3, 4, 2])
+        )
+        if R == 8:
+            p0 = gl.permute(gl.reshape(p0, [W, P, 8, 2, 4]), [0, 1, 3, 2, 4])
+            p1 = gl.permute(gl.reshape(p1, [W, P, 8, 2, 4]), [0, 1, 3, 2, 4])
+        moved = gl.inline_asm_elementwise(_WEIGHTS, "=r,r,r", [p0, p1], dtype=gl.int32, is_pure=True, pack=1)
+        moved = bytes_of_words(gl.reshape(moved, [W, P * R // 4, 32, 1]), W, P * R // 4, 1)
+        weights = weight_operand(moved, W, P, R, B, PIECES == 2)
+
+        new_attended = ()
+        for i in gl.static_range(len(VALUE_BLOCKS)):
+            packed = load_values(
+                ready,
                 W,
-                R,
+                P,
+                VALUE_BITS,
                 D,
-                KV_HEADS,
-                G,
-                PAGES_OF_BLOCK,
-                OFFSET,
-                mma,
+                VALUE_BLOCKS[i],
+                i * VALUE_BLOCK,
+                D * KEY_BITS // 2,
+                PAGE_WORDS,
             )
-
-        for tile in range(gl.minimum(tiles - run * RUN, RUN) if ANCHOR else tiles):
-            found = offset_of(block, page, block_stride, PAGES_OF_BLOCK, ALL_HEADS)
-            if PREFETCH:
-                prefetch(keys_at, found, PAGE_WORDS)
-                coming = next_offset
-                next_offset = found
-            else:
-                coming = found
-            s = _products(keys, key_registers, q, W, P, R, D, KEY_BITS, KEY_ASM, SHARED_QUERIES, mma)
-            if EARLY:
-                keys = load_tile_keys(keys_at, coming, W, P, KEY_BITS, D)
-            else:
-                late = ()
-                for i in gl.static_range(len(VALUE_BLOCKS)):
-                    first = i * VALUE_BLOCK
-                    late = late + (
-                        load_values(values_at, offset, W, P, VALUE_BITS, D, VALUE_BLOCKS[i], first),
+            v = value_operand(packed, value_registers, W, P, VALUE_BITS, VALUE_BLOCKS[i], VALUE_ASM, A)
+            if R == 4:
+                # The products of both pieces first is faster where their sums take few registers.
+                sums = ()
+                for piece in gl.static_range(PIECES):
+                    sums = sums + (sum_values(attended[PIECES * i + piece], v, weights[piece], mma),)
+                for piece in gl.static_range(PIECES):
+                    new_attended = new_attended + (
+                        add_sums(attended[PIECES * i + piece], decay, sums[piece]),
                     )
-            key_scale, value_scale = gl.split(scales)  # [W, P, 2, 8]
-            scales = load_scales(scales_at, coming, W, P)
-            key_scale = gl.convert_layout(
-                gl.reshape(key_scale, [W, T]).to(gl.float32), gl.SliceLayout(2, S), assert_trivial=True
-            )[:, :, None]
-            value_scale = gl.convert_layout(
-                gl.reshape(value_scale, [W, T]).to(gl.float32), gl.SliceLayout(2, S), assert_trivial=True
-            )[:, :, None]
-            s = (s * scale[:, None, :] + half_sum[:, None, :]) * key_scale
-            if ANCHOR:
-                s += load_logits(anchor_logits, tile, W, P, R, ROW)[:, None, :]
-            if SOFT_CAP:
-                # cap * tanh(s / cap), of which logits and cap are in base 2.
-                s = soft_cap - 2.0 * soft_cap / (gl.exp2(s * (2.0 * LOG2_E / soft_cap)) + 1.0)
-            weighted = s + _log2_of_scale(value_scale)
-            tile_first = run_page * 16 + tile * (W * T)
-            # Most tiles are seen whole. Slots behind the end hold anything, NaN too.
-            if WINDOW or tile_first + W * T > seen_by_all:
-                position = tile_first + warp_token
-                seen = position <= last[:, None, :]
-                if WINDOW:
-                    seen = seen & (position > last[:, None, :] - window)
-                s = gl.where(seen, s, NOTHING)
-                weighted = gl.where(seen, weighted, NOTHING)
-            new_maximum = gl.maximum(maximum, gl.max(weighted, axis=1))
-            decay = gl.exp2(maximum - new_maximum)
-            maximum = new_maximum
-            p = gl.exp2(weighted - new_maximum[:, None, :])
-            lane_decay = gl.convert_layout(decay, gl.SliceLayout(1, total.type.layout), assert_trivial=True)[
-                :, None, :
-            ]
-            total = total * lane_decay + gl.sum(
-                gl.reshape(gl.exp2(s - new_maximum[:, None, :]), [W, 2 * P, 8, R]), axis=1
-            )
-            weight_sum = weight_sum * lane_decay + gl.sum(gl.reshape(p, [W, 2 * P, 8, R]), axis=1)
-            fixed = p * WEIGHT_ONE + (MAGIC + 128.0)
-
-            p0, p1 = gl.split(
-                gl.permute(gl.reshape(fixed.to(gl.int32, bitcast=True), [W, P, 2, 8, R]), [0, 1, 3, 4, 2])
-            )
-            if R == 8:
-                p0 = gl.permute(gl.reshape(p0, [W, P, 8, 2, 4]), [0, 1, 3, 2, 4])
-                p1 = gl.permute(gl.reshape(p1, [W, P, 8, 2, 4]), [0, 1, 3, 2, 4])
-            moved = gl.inline_asm_elementwise(
-                _WEIGHTS, "=r,r,r", [p0, p1], dtype=gl.int32, is_pure=True, pack=1
-            )
-            moved = bytes_of_words(gl.reshape(moved, [W, P * R // 4, 32, 1]), W, P * R // 4, 1)
-            weights = weight_operand(moved, W, P, R, B, PIECES == 2)
-
-            new_attended = ()
-            next_values = ()
-            for i in gl.static_range(len(VALUE_BLOCKS)):
-                packed = values[i] if EARLY else late[i]
-                v = value_operand(packed, value_registers, W, P, VALUE_BITS, VALUE_BLOCKS[i], VALUE_ASM, A)
-                if R == 4:
-                    # The products of both pieces first is faster where their sums take few registers.
-                    sums = ()
-                    for piece in gl.static_range(PIECES):
-                        sums = sums + (sum_values(attended[PIECES * i + piece], v, weights[piece], mma),)
-                    for piece in gl.static_range(PIECES):
-                        new_attended = new_attended + (
-                            add_sums(attended[PIECES * i + piece], decay, sums[piece]),
-                        )
-                else:
-                    for piece in gl.static_range(PIECES):
-                        x = attended[PIECES * i + piece]
-                        new_attended = new_attended + (
-                            add_sums(x, decay, sum_values(x, v, weights[piece], mma)),
-                        )
-                if EARLY:
-                    first = i * VALUE_BLOCK
-                    next_values = next_values + (
-                        load_values(values_at, coming, W, P, VALUE_BITS, D, VALUE_BLOCKS[i], first),
-                    )
-            attended = new_attended
-            if EARLY:
-                values = next_values
             else:
-                keys = load_tile_keys(keys_at, coming, W, P, KEY_BITS, D)
-            offset = coming
-            page = pages_of_tile(run_page + (tile + 2 + PREFETCH) * (W * P), end_page, W, P)
-            block = find_blocks(table_row, page, PAGES_OF_BLOCK, OFFSET)
+                for piece in gl.static_range(PIECES):
+                    x = attended[PIECES * i + piece]
+                    new_attended = new_attended + (add_sums(x, decay, sum_values(x, v, weights[piece], mma)),)
+        attended = new_attended
+        offset = offset_of(block, page, block_stride, PAGES_OF_BLOCK, ALL_HEADS)
+        fill(ready, arrival, pages_at + offset, tile + STAGES < tiles, W, P, PAGE_WORDS, EVICT_FIRST)
+        stage += 1
+        if stage == STAGES:
+            stage = 0
+            parity = 1 - parity
+
+    memory._keep_alive()
+    # What follows uses the ring's memory, from which other warps may still read.
+    gl.thread_barrier()
 
     total = gl.convert_layout(gl.sum(total, axis=1), ROW)
     half_weight = gl.convert_layout(gl.sum(weight_sum, axis=1), ROW) * (0.5 * WEIGHT_ONE)  # of c + 1/2
-    highest = gl.max(maximum, axis=0)  # [R]
-    share = gl.exp2(maximum - highest[None, :])
-    sums = gl.sum(total * share, axis=0)
+    maxima = share_rows(maximum, W, R)
+    totals = share_rows(total, W, R)
+    blocks = ()
+    for i in gl.static_range(len(VALUE_BLOCKS)):
+        pieces = ()
+        for piece in gl.static_range(PIECES):
+            pieces = pieces + (attended[PIECES * i + piece],)
+        blocks = blocks + (share_sums(pieces, half_weight, W, R, VALUE_BITS, VALUE_BLOCKS[i]),)
     out_row = (item * KV_HEADS + head) * ROW_GROUPS + group
     for i in gl.static_range(len(VALUE_BLOCKS)):
-        for piece in gl.static_range(PIECES):
-            store_attended(
-                partial + out_row * R * D + i * VALUE_BLOCK,
-                attended[PIECES * i + piece],
-                half_weight,
-                share,
-                piece,
-                W,
-                R,
+        x, highest, sums = merge_warps(blocks[i], maxima, totals, W, R, VALUE_BLOCKS[i])
+        r = gl.arange(0, R, highest.type.layout)
+        d = i * VALUE_BLOCK + gl.arange(0, VALUE_BLOCKS[i], gl.SliceLayout(0, x.type.layout))[None, :]
+        if count == 1:
+            store_alone(
+                attended_out + d,
+                x,
+                highest,
+                sums,
+                sinks,
+                unit,
+                group * R + r,
+                total_rows,
+                head * G,
+                sequence * query_len,
                 D,
-                VALUE_BITS,
-                VALUE_BLOCKS[i],
+                G,
+                KV_HEADS * G,
             )
-    r = gl.arange(0, R, highest.type.layout)
-    gl.store(stats + (out_row * R + r) * 2, highest)
-    gl.store(stats + (out_row * R + r) * 2 + 1, sums)
+        else:
+            gl.store(partial + (out_row * R + r[:, None]) * D + d, x)
+            if i == 0:
+                gl.store(stats + (out_row * R + r) * 2, highest)
+                gl.store(stats + (out_row * R + r) * 2 + 1, sums)
     if FUSED:
+        if count == 1:
+            return
         gl.thread_barrier()
         counter = counters + sequence * PROGRAMS + gl.program_id(1)
-        count = gl.load(splits + 2 * sequence + 1)
-        arrived = 0
-        if count > 1:
-            arrived = gl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+        arrived = gl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
         if arrived == count - 1:
             gl.thread_barrier()
             merge_splits(

@@ -40,11 +40,8 @@ class Launch:
     """Coordinates of values that are unpacked at once, 64 or 128: fewer take fewer registers."""
     shared_queries: bool
     """Whether queries stand in shared memory, where their registers are wanted for other things."""
-    early: bool
-    """Whether a tile's keys and values are loaded while the tile before it is computed, each into registers
-    of its own; else values after the products of the tile's keys, and keys after those of its values."""
-    prefetch: bool
-    """Whether a tile's pages are asked into the L2 cache a tile before they are loaded."""
+    evict_first: bool
+    """Whether the L2 cache drops pages before what will be read again."""
     max_registers: int | None
     """Registers of a thread at most."""
     num_warps: int = 4
@@ -261,8 +258,7 @@ def _constexprs(
         "P": launch.pages,
         "VALUE_BLOCK": min(launch.value_block, head_dim),
         "SHARED_QUERIES": launch.shared_queries,
-        "EARLY": launch.early,
-        "PREFETCH": launch.prefetch,
+        "EVICT_FIRST": launch.evict_first,
         "WINDOW": window,
         "SOFT_CAP": soft_cap,
         "ANCHOR": fmt.anchor,

@@ -98,3 +98,38 @@ def store_zeros(
         gl.store(
             attended + out, gl.full([_ELEMENTS], 0.0, gl.float32, L), mask=(e < R * D) & (row < total_rows)
         )
+
+
+@gluon.jit
+def store_alone(
+    attended,
+    x,
+    maximum,
+    total,
+    sinks,
+    unit,
+    row,
+    total_rows,
+    q_head,
+    token,
+    D: gl.constexpr,
+    GROUP: gl.constexpr,
+    Q_HEADS: gl.constexpr,
+):
+    """Writes what `merge_splits` would write of a sequence's only split.
+
+    x, maximum, total: float32 [R, N], [R], [R]. `attended` points to those N coordinates, [1, N], of the
+    first query head and token; row: [R], the others as there.
+    """
+    head = q_head + row % GROUP
+    if sinks is None:
+        share = gl.where(maximum > SOMETHING, 1.0, 0.0)
+        total = total * share
+    else:
+        sink = gl.load(sinks + head, mask=row < total_rows, other=0.0).to(gl.float32) * LOG2_E
+        highest = gl.maximum(maximum, sink)
+        share = gl.where(maximum > SOMETHING, gl.exp2(maximum - highest), 0.0)
+        total = total * share + gl.exp2(sink - highest)
+    result = gl.where((total == 0.0)[:, None], 0.0, x * (share * unit / total)[:, None])
+    out = ((token + row // GROUP) * Q_HEADS + head) * D
+    gl.store(attended + out[:, None], result, mask=(row < total_rows)[:, None])

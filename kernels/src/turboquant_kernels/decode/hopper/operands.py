@@ -1,10 +1,10 @@
-"""Loads of packed codes, and the operands of integer tensor cores that `fragments` makes of keys and queries.
+"""Operands of integer tensor cores: those that `fragments` makes of packed keys, and queries.
 
 Every warp has its own pages; a tensor's first two dimensions are [warps, pages of a warp]. Lane 4 r + t of
 a warp stands in row r and column group t of `mma.m16n8k32`'s operands. Each conversion of a layout here is
 free: it only renames what a register holds (`assert_trivial`), so nothing passes through shared memory.
 
-    words of a plane  [W, P, chunks, 32 * words]     as loaded: a lane's words are adjacent, up to 16 bytes
+    words of a plane  [W, P, chunks, 32]             as `ring` loads them, a tensor a word
     bytes of words    [W, P, 32, words, 4]           the last dimension is a register
     operand           [W, rows, contraction]         by reshapes and permutations of the above
 """
@@ -13,6 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 MOVE = gl.constexpr("mov.b32 $0, $1;")
+_ADDRESS = gl.constexpr("{ .reg .b32 b; mov.b32 b, global_smem; add.s32 $0, b, $1; }")
 
 
 @gluon.constexpr_function
@@ -40,14 +41,42 @@ def basis(position, n, rank):
     return [[1 << i if p == position else 0 for p in range(rank)] for i in range(_log2(n))]
 
 
-@gluon.constexpr_function
-def _load_layout(warps, pages, chunks, words):
-    """[warps, pages, chunks, 32 * words]: lane by lane `words` neighbours."""
-    registers = basis(3, words, 4) + basis(2, chunks, 4) + basis(1, pages, 4)
-    lanes = [[0, 0, 0, words << i] for i in range(5)]
-    return gl.DistributedLinearLayout(
-        registers, lanes, basis(0, warps, 4), [], [warps, pages, chunks, 32 * words]
-    )
+@gluon.jit
+def shared_address(at):
+    """Addresses of bytes of the program's shared memory, int32."""
+    return gl.inline_asm_elementwise(_ADDRESS, "=r,r", [at], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def load_words(address, WORDS: gl.constexpr):
+    """The WORDS words at shared addresses [...]: a tuple of int32 tensors [...]. It waits for no store."""
+    if WORDS == 1:
+        a = gl.inline_asm_elementwise(
+            "ld.shared.b32 $0, [$1];", "=r,r", [address], dtype=gl.int32, is_pure=False, pack=1
+        )
+        return (a,)
+    elif WORDS == 2:
+        a, b = gl.inline_asm_elementwise(
+            "ld.shared.v2.b32 {$0, $1}, [$2];",
+            "=r,=r,r",
+            [address],
+            dtype=(gl.int32, gl.int32),
+            is_pure=False,
+            pack=1,
+        )
+        return (a, b)
+    elif WORDS == 4:
+        a, b, c, d = gl.inline_asm_elementwise(
+            "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];",
+            "=r,=r,=r,=r,r",
+            [address],
+            dtype=(gl.int32, gl.int32, gl.int32, gl.int32),
+            is_pure=False,
+            pack=1,
+        )
+        return (a, b, c, d)
+    else:
+        return load_words(address, 4) + load_words(address + 16, 4)
 
 
 @gluon.constexpr_function
@@ -99,33 +128,6 @@ def spread(registers, W: gl.constexpr, P: gl.constexpr, CHUNKS: gl.constexpr):
 
 
 @gluon.jit
-def _split_words(x, W: gl.constexpr, PAGES: gl.constexpr, CHUNKS: gl.constexpr, WORDS: gl.constexpr):
-    """Loaded words [W, PAGES, CHUNKS, 32 * WORDS] -> a tuple of WORDS tensors [W, PAGES, 32, CHUNKS]."""
-    x = gl.permute(gl.reshape(x, [W, PAGES, CHUNKS, 32, WORDS]), [0, 1, 3, 2, 4])
-    return _unpack(x, W, PAGES, CHUNKS, WORDS)
-
-
-@gluon.jit
-def _unpack(x, W: gl.constexpr, PAGES: gl.constexpr, CHUNKS: gl.constexpr, N: gl.constexpr):
-    """[W, PAGES, 32, CHUNKS, N] -> a tuple of N tensors [W, PAGES, 32, CHUNKS]."""
-    if N == 1:
-        return (gl.reshape(x, [W, PAGES, 32, CHUNKS]),)
-    elif N == 2:
-        a, b = gl.split(x)
-        return (a, b)
-    elif N == 4:
-        even, odd = gl.split(gl.reshape(x, [W, PAGES, 32, CHUNKS, 2, 2]))
-        a, c = gl.split(even)
-        b, d = gl.split(odd)
-        return (a, b, c, d)
-    else:
-        even, odd = gl.split(gl.reshape(x, [W, PAGES, 32, CHUNKS, 4, 2]))
-        a, c, e, g = _unpack(even, W, PAGES, CHUNKS, 4)
-        b, d, f, h = _unpack(odd, W, PAGES, CHUNKS, 4)
-        return (a, b, c, d, e, f, g, h)
-
-
-@gluon.jit
 def join8(o):
     """Eight tensors [...] -> [..., 2, 2, 2], the lowest bit of the index first."""
     low = gl.join(gl.join(o[0], o[1]), gl.join(o[2], o[3]))
@@ -134,65 +136,8 @@ def join8(o):
 
 
 @gluon.jit
-def load_plane(
-    base,
-    offset,
-    W: gl.constexpr,
-    P: gl.constexpr,
-    CHUNKS: gl.constexpr,
-    WORDS: gl.constexpr,
-    KEYS: gl.constexpr,
-    ROW: gl.constexpr,
-    SHARED: gl.constexpr,
-):
-    """Words of a plane whose rows are ROW words apart: [W, P, CHUNKS, 32 * WORDS].
-
-    Lane 4 r + t reads WORDS words a chunk. KEYS: a row is a token's; chunk n0 is token 8 n0 + r, of which
-    the lane reads quarter t; SHARED lanes read the same words. Else a row is that of four tokens; the lane
-    reads row t, of each chunk eighth r.
-    """
-    L: gl.constexpr = _load_layout(W, P, CHUNKS, WORDS)
-    e = gl.arange(0, 32 * WORDS, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, L))))[
-        None, None, None, :
-    ]
-    c = gl.arange(0, CHUNKS, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, L))))[None, None, :, None]
-    lane = e // WORDS
-    if KEYS:
-        within = (lane // 4 + 8 * c) * ROW + lane % 4 // SHARED * WORDS + e % WORDS
-    else:
-        within = lane % 4 * ROW + (8 * c + lane // 4) * WORDS + e % WORDS
-    page = gl.convert_layout(offset, gl.SliceLayout(2, gl.SliceLayout(3, L)), assert_trivial=True)
-    return gl.load((base + within) + page[:, :, None, None])
-
-
-@gluon.jit
-def load_keys(
-    base,
-    offset,
-    W: gl.constexpr,
-    P: gl.constexpr,
-    BITS: gl.constexpr,
-    D: gl.constexpr,
-    BLOCK: gl.constexpr,
-    FIRST: gl.constexpr,
-):
-    """Packed keys of coordinates FIRST .. FIRST + BLOCK of P pages a warp: one tensor a plane."""
-    WIDTH: gl.constexpr = 8 if BITS == 8 else (2 if BITS < 4 else 4)
-    WORDS: gl.constexpr = BLOCK * WIDTH // 128
-    planes = (load_plane(base + FIRST * WIDTH // 32, offset, W, P, 2, WORDS, True, D * WIDTH // 32, 1),)
-    if BITS == 3 or BITS == 5 or BITS == 6:
-        at = D * WIDTH // 2 + FIRST // 32
-        planes = planes + (load_plane(base + at, offset, W, P, 2, 1, True, D // 32, 128 // BLOCK),)
-        if BITS == 6:
-            planes = planes + (
-                load_plane(base + at + D // 2, offset, W, P, 2, 1, True, D // 32, 128 // BLOCK),
-            )
-    return planes
-
-
-@gluon.jit
 def key_operand(
-    planes,
+    words,
     registers,
     W: gl.constexpr,
     P: gl.constexpr,
@@ -202,16 +147,11 @@ def key_operand(
     ASM: gl.constexpr,
     A: gl.constexpr,
 ):
-    """Packed keys -> int8 [W, 16 P tokens, BLOCK]."""
+    """A lane's words of packed keys, as `ring.load_keys` gives them -> int8 [W, 16 P tokens, BLOCK]."""
     WIDTH: gl.constexpr = 8 if BITS == 8 else (2 if BITS < 4 else 4)
-    WORDS: gl.constexpr = BLOCK * WIDTH // 128
-    words = _split_words(planes[0], W, P, 2, WORDS)
-    if BITS == 3 or BITS == 5 or BITS == 6:
-        for i in gl.static_range(1, len(planes)):
-            words = words + _split_words(planes[i], W, P, 2, 1)
     inputs = ()
     for i in gl.static_range(len(words)):
-        word = words[i]
+        word = gl.permute(words[i], [0, 1, 3, 2])
         if i * 128 >= BLOCK * WIDTH and BLOCK == 64:
             # Two lanes share a word of a one-bit plane; the second one's bits stand above the first one's.
             lane = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, word.type.layout))))
@@ -220,7 +160,7 @@ def key_operand(
     inputs = inputs + spread(registers, W, P, 2)
     if BITS == 8:
         o = ()
-        for i in gl.static_range(WORDS):
+        for i in gl.static_range(len(words)):
             o = o + (
                 gl.inline_asm_elementwise(
                     MOVE, "=r,r,r,r,r", [inputs[i]], dtype=gl.int8, is_pure=True, pack=4
@@ -277,33 +217,53 @@ def load_queries(
 
 @gluon.constexpr_function
 def _query_layout(warps, chunks):
-    """[warps, chunks, 32, 16] bytes: a lane's 16 are adjacent."""
+    """[1, chunks, 32, 16] bytes, a lane's 16 adjacent, which every warp holds."""
     registers = basis(3, 16, 4) + basis(1, chunks, 4)
+    copies = [[0] * 4 for _ in basis(0, warps, 4)]
+    return gl.DistributedLinearLayout(registers, basis(2, 32, 4), copies, [], [1, chunks, 32, 16])
+
+
+@gluon.constexpr_function
+def _query_word_layout(warps, chunks):
+    """[warps, chunks, 32 lanes, 4 words, 4 bytes]."""
+    registers = basis(4, 4, 5) + basis(3, 4, 5) + basis(1, chunks, 5)
     return gl.DistributedLinearLayout(
-        registers, basis(2, 32, 4), basis(0, warps, 4), [], [warps, chunks, 32, 16]
+        registers, basis(2, 32, 5), basis(0, warps, 5), [], [warps, chunks, 32, 4, 4]
     )
 
 
 @gluon.jit
-def share_queries(q, W: gl.constexpr, N: gl.constexpr, BLOCK: gl.constexpr):
-    """Puts the operand of a block, int8 [W, BLOCK, N], into shared memory, a copy for each warp.
+def share_queries(memory, q, W: gl.constexpr, N: gl.constexpr, BLOCK: gl.constexpr):
+    """Puts the operand of a block, int8 [1, BLOCK, N], into shared memory of as many bytes.
 
-    For kernels that need its registers for other things: read again for each tile, 16 bytes a lane.
+    For kernels that need its registers for other things: each warp reads it again for each tile, 16 bytes a
+    lane, by `load_shared_queries`, which does not wait for this store.
     """
     CHUNKS: gl.constexpr = BLOCK * N // 512
-    q = gl.reshape(q, [W, BLOCK // 16, 4, 4, N // 8, 8])  # register, t, byte, tile, r
+    q = gl.reshape(q, [1, BLOCK // 16, 4, 4, N // 8, 8])  # register, t, byte, tile, r
     q = gl.permute(q, [0, 4, 1, 5, 2, 3])
-    q = gl.reshape(gl.permute(gl.reshape(q, [W, CHUNKS, 4, 32, 4]), [0, 1, 3, 2, 4]), [W, CHUNKS, 32, 16])
+    q = gl.reshape(gl.permute(gl.reshape(q, [1, CHUNKS, 4, 32, 4]), [0, 1, 3, 2, 4]), [1, CHUNKS, 32, 16])
     q = gl.convert_layout(q, _query_layout(W, CHUNKS), assert_trivial=True)
     layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[3, 2, 1, 0])
-    return gl.allocate_shared_memory(gl.int8, [W, CHUNKS, 32, 16], layout, q)
+    memory._reinterpret(gl.int8, [1, CHUNKS, 32, 16], layout).store(q)
 
 
 @gluon.jit
-def load_shared_queries(shared, W: gl.constexpr, N: gl.constexpr, BLOCK: gl.constexpr, B: gl.constexpr):
-    """The operand that `share_queries` put away: int8 [W, BLOCK, N]."""
+def load_shared_queries(
+    AT: gl.constexpr, W: gl.constexpr, N: gl.constexpr, BLOCK: gl.constexpr, B: gl.constexpr
+):
+    """The operand that `share_queries` put at byte AT of shared memory: int8 [W, BLOCK, N]."""
     CHUNKS: gl.constexpr = BLOCK * N // 512
-    q = shared.load(_query_layout(W, CHUNKS))
+    Q: gl.constexpr = _query_word_layout(W, CHUNKS)
+    L: gl.constexpr = gl.SliceLayout(3, gl.SliceLayout(4, Q))
+    lane = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, L)))[None, None, :]
+    chunk = gl.arange(0, CHUNKS, gl.SliceLayout(0, gl.SliceLayout(2, L)))[None, :, None]
+    no_warp = gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, L)))[:, None, None] * 0
+    a, b, c, d = load_words(shared_address(lane * 16 + no_warp) + (chunk * 512 + AT), 4)
+    x = gl.reshape(gl.join(gl.join(a, c), gl.join(b, d)), [W, CHUNKS, 32, 4])
+    x = gl.convert_layout(x, gl.SliceLayout(4, Q), assert_trivial=True)
+    x, _ = gl.broadcast(x[:, :, :, :, None], gl.full([W, CHUNKS, 32, 4, 4], 0, gl.int32, Q))
+    q = gl.inline_asm_elementwise(MOVE, "=r,r,r,r,r", [x], dtype=gl.int8, is_pure=True, pack=4)
     q = gl.permute(gl.reshape(q, [W, CHUNKS, 32, 4, 4]), [0, 1, 3, 2, 4])
     q = gl.reshape(q, [W, N // 8, BLOCK // 16, 8, 4, 4])
     q = gl.reshape(gl.permute(q, [0, 2, 4, 5, 1, 3]), [W, BLOCK, N])

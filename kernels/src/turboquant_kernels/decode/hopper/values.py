@@ -14,7 +14,6 @@ from turboquant_kernels.decode.hopper.operands import (
     bytes_of_words,
     item_of,
     join8,
-    load_plane,
     spread,
 )
 
@@ -37,27 +36,6 @@ def value_chunks(bits, block):
 
 
 @gluon.jit
-def load_values(
-    base,
-    offset,
-    W: gl.constexpr,
-    P: gl.constexpr,
-    BITS: gl.constexpr,
-    D: gl.constexpr,
-    BLOCK: gl.constexpr,
-    FIRST: gl.constexpr,
-):
-    """Packed values of coordinates FIRST .. FIRST + BLOCK of P pages a warp: one tensor a plane."""
-    WIDTH: gl.constexpr = 2 if BITS == 3 else BITS
-    C: gl.constexpr = value_chunks(WIDTH, BLOCK)
-    planes = (load_plane(base + FIRST * WIDTH // 8, offset, W, P, C[0], C[1], False, D * WIDTH // 8, 1),)
-    if BITS == 3:
-        at = base + D * WIDTH // 2 + FIRST // 8
-        planes = planes + (load_plane(at, offset, W, P, 1, BLOCK // 64, False, D // 8, 1),)
-    return planes
-
-
-@gluon.jit
 def value_operand(
     planes,
     registers,
@@ -68,7 +46,7 @@ def value_operand(
     ASM: gl.constexpr,
     A: gl.constexpr,
 ):
-    """Packed values -> the operand whose contraction index are tokens.
+    """Packed values, as `ring.load_values` gives them -> the operand whose contraction index are tokens.
 
     8 bits: int8 [W, BLOCK coordinates, 16 P tokens]. Else int8 [W, BLOCK / 2 pairs of coordinates, 32 P]:
     of every two tokens (first: low, high; second: low, high).
@@ -76,7 +54,7 @@ def value_operand(
     WIDTH: gl.constexpr = 2 if BITS == 3 else BITS
     C: gl.constexpr = value_chunks(WIDTH, BLOCK)
     WORDS: gl.constexpr = C[0] * C[1]
-    x = gl.permute(gl.reshape(planes[0], [W, P, C[0], 32, C[1]]), [0, 1, 3, 2, 4])
+    x = gl.permute(planes[0], [0, 1, 3, 2, 4])
     if BITS == 8:
         x = bytes_of_words(gl.reshape(x, [W, P, 32, WORDS]), W, P, WORDS)
         y = gl.inline_asm_elementwise(MOVE, "=r,r,r,r,r", [x], dtype=gl.int8, is_pure=True, pack=4)
@@ -183,38 +161,3 @@ def no_attended(W: gl.constexpr, M: gl.constexpr, R: gl.constexpr, mma: gl.const
     """Zeros, float32 [W, M, R], as `add_sums` lays its result out."""
     zero, _ = gl.split(gl.reshape(gl.full([W, M, 2 * R], 0.0, gl.float32, mma), [W, M, R, 2]))
     return zero
-
-
-@gluon.jit
-def store_attended(
-    pointer,
-    x,
-    half_weight,
-    share,
-    piece,
-    W: gl.constexpr,
-    R: gl.constexpr,
-    D: gl.constexpr,
-    BITS: gl.constexpr,
-    BLOCK: gl.constexpr,
-):
-    """Merges the warps and stores a piece, float32 [W, M, R], whose rows are in the order of the value
-    operand."""
-    S: gl.constexpr = gl.SliceLayout(1, x.type.layout)
-    half_weight = gl.convert_layout(half_weight, S)[:, None, :]
-    share = gl.convert_layout(share, S)[:, None, :]
-    x = gl.sum((x + half_weight) * share, axis=0)
-    X: gl.constexpr = x.type.layout
-    row = gl.arange(0, x.shape[0], gl.SliceLayout(1, X))[:, None]
-    r = row % 8
-    word = row // 8
-    if BITS == 8:
-        WORDS: gl.constexpr = value_chunks(8, BLOCK)[1]
-        coordinate = word // WORDS * (8 * WORDS) + r * WORDS + word % WORDS
-    elif BITS == 4:
-        WORDS: gl.constexpr = value_chunks(4, BLOCK)[1]
-        coordinate = word // WORDS * (16 * WORDS) + r * (2 * WORDS) + word % WORDS * 2 + piece
-    else:
-        coordinate = r * (BLOCK // 8) + word // 2 * 4 + word % 2 + 2 * piece
-    query = gl.arange(0, R, gl.SliceLayout(0, X))[None, :]
-    gl.store(pointer + query * D + coordinate, x)

@@ -1,0 +1,250 @@
+"""A ring of tiles in shared memory: each warp's pages come by bulk copies while it computes the tile before.
+
+A page is one copy, asked for by one lane. Each warp has its own `STAGES` tiles, and for each an mbarrier that
+says when all of its pages have come; no warp waits for another, and what has come takes no registers until it
+is wanted. A program's shared memory is allocated at once and begins with
+
+    [warps, STAGES, P] pages | [warps, STAGES] mbarriers | up to a whole row
+
+Rows have as many bytes as a block of 128 coordinates of the queries. Addresses are tensors of one element a
+warp, [W, 1].
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from turboquant_kernels.decode.hopper.operands import basis, load_words, shared_address
+from turboquant_kernels.decode.hopper.pages import page_layout
+from turboquant_kernels.decode.hopper.values import value_chunks
+
+STAGES = gl.constexpr(2)
+"""Tiles of a warp: the one that it computes and the next. Three were slower, on an H200."""
+
+_INIT = gl.constexpr(
+    "{ .reg .pred p; elect.sync _|p, 0xffffffff; @p mbarrier.init.shared::cta.b64 [$1], 1;"
+    " fence.proxy.async.shared::cta; bar.warp.sync 0xffffffff; mov.b32 $0, 0; }"
+)
+_WAIT = gl.constexpr(
+    "{ .reg .pred p; W: mbarrier.try_wait.parity.shared::cta.b64 p, [$1], $2; @!p bra.uni W; mov.b32 $0, 0; }"
+)
+_SCALES = gl.constexpr(
+    "{ .reg .b16 a, b; .reg .b32 x; ld.shared.b32 x, [$2]; mov.b32 {a, b}, x;"
+    " cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; }"
+)
+_EVICT_FIRST = 0x12F0000000000000
+"""The L2 cache's policy for what is read once, as `createpolicy` encodes it."""
+
+
+@gluon.constexpr_function
+def _expect_text(size):
+    """One lane says how many bytes will come, after all lanes have read what was there."""
+    return (
+        "{ .reg .pred p, q; bar.warp.sync 0xffffffff; elect.sync _|p, 0xffffffff;"
+        " setp.ne.and.b32 q, $2, 0, p;"
+        f" @q mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], {size}; mov.b32 $0, 0; }}"
+    )
+
+
+@gluon.constexpr_function
+def _copy_text(size, evict_first):
+    hint, policy = (".L2::cache_hint", ", h") if evict_first else ("", "")
+    return (
+        "{ .reg .pred p, q; .reg .b64 h; elect.sync _|p, 0xffffffff; setp.ne.and.b32 q, $4, 0, p;"
+        f" mov.b64 h, {_EVICT_FIRST};"
+        f" @q cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes{hint}"
+        f" [$1], [$2], {size}, [$3]{policy}; mov.b32 $0, 0; }}"
+    )
+
+
+@gluon.constexpr_function
+def ring_rows(warps, pages, page_words, row_bytes):
+    """Rows of the ring in shared memory."""
+    return -(-(warps * STAGES * (pages * page_words * 4 + 8)) // row_bytes)
+
+
+@gluon.constexpr_function
+def _word_layout(warps, pages, chunks):
+    """[warps, pages, chunks, 32 lanes]."""
+    registers = basis(2, chunks, 4) + basis(1, pages, 4)
+    return gl.DistributedLinearLayout(
+        registers, basis(3, 32, 4), basis(0, warps, 4), [], [warps, pages, chunks, 32]
+    )
+
+
+@gluon.constexpr_function
+def _scale_layout(warps, pages):
+    """[warps, pages, 2, 8]: token 8 * n0 + r of a page in the four lanes of row r."""
+    registers = basis(2, 2, 4) + basis(1, pages, 4)
+    lanes = [[0] * 4, [0] * 4, *basis(3, 8, 4)]
+    return gl.DistributedLinearLayout(registers, lanes, basis(0, warps, 4), [], [warps, pages, 2, 8])
+
+
+@gluon.jit
+def make_ring(W: gl.constexpr, P: gl.constexpr, PAGE_WORDS: gl.constexpr):
+    """Addresses of each warp's first tile and of its first mbarrier, which are made ready."""
+    warp = gl.arange(0, W, gl.SliceLayout(1, page_layout(W, 1)))[:, None]
+    tiles = shared_address(warp * (STAGES * P * PAGE_WORDS * 4))
+    arrivals = shared_address(warp * (STAGES * 8) + W * STAGES * P * PAGE_WORDS * 4)
+    for stage in gl.static_range(STAGES):
+        gl.inline_asm_elementwise(
+            _INIT, "=r,r", [arrivals + 8 * stage], dtype=gl.int32, is_pure=False, pack=1
+        )
+    return tiles, arrivals
+
+
+@gluon.jit
+def fill(
+    tile,
+    arrival,
+    pages,
+    wanted,
+    W: gl.constexpr,
+    P: gl.constexpr,
+    PAGE_WORDS: gl.constexpr,
+    EVICT_FIRST: gl.constexpr,
+):
+    """Asks for a tile's pages, pointers [W, P], if `wanted`, once all lanes of the warp are here."""
+    BYTES: gl.constexpr = PAGE_WORDS * 4
+    asked = gl.full([W, 1], 0, gl.int32, arrival.type.layout) + wanted.to(gl.int32)
+    gl.inline_asm_elementwise(
+        _expect_text(P * BYTES), "=r,r,r", [arrival, asked], dtype=gl.int32, is_pure=False, pack=1
+    )
+    page = gl.arange(0, P, gl.SliceLayout(0, page_layout(W, P)))[None, :]
+    gl.inline_asm_elementwise(
+        _copy_text(BYTES, EVICT_FIRST),
+        "=r,r,l,r,r",
+        [_each(tile, W, P) + page * BYTES, pages, _each(arrival, W, P), _each(asked, W, P)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def _each(x, W: gl.constexpr, P: gl.constexpr):
+    """[W, 1] for each of P pages: [W, P]."""
+    L: gl.constexpr = page_layout(W, P)
+    x = gl.convert_layout(gl.reshape(x, [W]), gl.SliceLayout(1, L), assert_trivial=True)
+    y, _ = gl.broadcast(x[:, None], gl.full([W, P], 0, gl.int32, L))
+    return y
+
+
+@gluon.jit
+def wait(arrival, parity):
+    """Returns once the tile has come; `parity` is that of how often its stage was filled before."""
+    parity = gl.full(arrival.shape, 0, gl.int32, arrival.type.layout) + parity
+    gl.inline_asm_elementwise(_WAIT, "=r,r,r", [arrival, parity], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _load_plane(
+    tile,
+    FIRST: gl.constexpr,
+    W: gl.constexpr,
+    P: gl.constexpr,
+    CHUNKS: gl.constexpr,
+    WORDS: gl.constexpr,
+    KEYS: gl.constexpr,
+    ROW: gl.constexpr,
+    SHARED: gl.constexpr,
+    PAGE_WORDS: gl.constexpr,
+):
+    """Words of a plane that begins at word FIRST of a page, rows ROW words apart: WORDS [W, P, CHUNKS, 32].
+
+    Lane 4 r + t reads WORDS words a chunk. KEYS: a row is a token's; chunk n0 is token 8 n0 + r, of which
+    the lane reads quarter t; SHARED lanes read the same words. Else a row is that of four tokens; the lane
+    reads row t, of each chunk eighth r.
+    """
+    L: gl.constexpr = _word_layout(W, P, CHUNKS)
+    lane = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, L))))[None, None, None, :]
+    c = gl.arange(0, CHUNKS, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, L))))[None, None, :, None]
+    page = gl.arange(0, P, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, L))))[None, :, None, None]
+    if KEYS:
+        within = lane // 4 * ROW + lane % 4 // SHARED * WORDS
+        STEP: gl.constexpr = 8 * ROW
+    else:
+        within = lane % 4 * ROW + lane // 4 * WORDS
+        STEP: gl.constexpr = 8 * WORDS
+    at = (_of_warp(tile, W, L) + within * 4) + (page * (PAGE_WORDS * 4) + c * (STEP * 4)) + FIRST * 4
+    return load_words(at, WORDS)
+
+
+@gluon.jit
+def _of_warp(tile, W: gl.constexpr, L: gl.constexpr):
+    """[W, 1] -> [W, 1, 1, 1]."""
+    OF_WARP: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, L)))
+    return gl.convert_layout(gl.reshape(tile, [W]), OF_WARP, assert_trivial=True)[:, None, None, None]
+
+
+@gluon.jit
+def load_keys(
+    tile,
+    W: gl.constexpr,
+    P: gl.constexpr,
+    BITS: gl.constexpr,
+    D: gl.constexpr,
+    BLOCK: gl.constexpr,
+    FIRST: gl.constexpr,
+    PAGE_WORDS: gl.constexpr,
+):
+    """Packed keys of coordinates FIRST .. FIRST + BLOCK: the words of one plane after the other."""
+    WIDTH: gl.constexpr = 8 if BITS == 8 else (2 if BITS < 4 else 4)
+    WORDS: gl.constexpr = BLOCK * WIDTH // 128
+    words = _load_plane(tile, FIRST * WIDTH // 32, W, P, 2, WORDS, True, D * WIDTH // 32, 1, PAGE_WORDS)
+    if BITS == 3 or BITS == 5 or BITS == 6:
+        AT: gl.constexpr = D * WIDTH // 2 + FIRST // 32
+        SHARED: gl.constexpr = 128 // BLOCK
+        words = words + _load_plane(tile, AT, W, P, 2, 1, True, D // 32, SHARED, PAGE_WORDS)
+        if BITS == 6:
+            words = words + _load_plane(tile, AT + D // 2, W, P, 2, 1, True, D // 32, SHARED, PAGE_WORDS)
+    return words
+
+
+@gluon.jit
+def load_values(
+    tile,
+    W: gl.constexpr,
+    P: gl.constexpr,
+    BITS: gl.constexpr,
+    D: gl.constexpr,
+    BLOCK: gl.constexpr,
+    FIRST: gl.constexpr,
+    AT: gl.constexpr,
+    PAGE_WORDS: gl.constexpr,
+):
+    """Packed values, which begin at word AT of a page, of coordinates FIRST .. FIRST + BLOCK: a tensor a
+    plane, [W, P, chunks, 32, words]."""
+    WIDTH: gl.constexpr = 2 if BITS == 3 else BITS
+    C: gl.constexpr = value_chunks(WIDTH, BLOCK)
+    words = _load_plane(tile, AT + FIRST * WIDTH // 8, W, P, C[0], C[1], False, D * WIDTH // 8, 1, PAGE_WORDS)
+    planes = (_joined(words, W, P, C[0]),)
+    if BITS == 3:
+        SIGNS: gl.constexpr = AT + D * WIDTH // 2 + FIRST // 8
+        words = _load_plane(tile, SIGNS, W, P, 1, BLOCK // 64, False, D // 8, 1, PAGE_WORDS)
+        planes = planes + (_joined(words, W, P, 1),)
+    return planes
+
+
+@gluon.jit
+def _joined(words, W: gl.constexpr, P: gl.constexpr, C: gl.constexpr):
+    """Words [W, P, C, 32] -> [W, P, C, 32, len(words)]."""
+    if len(words) == 1:
+        return gl.reshape(words[0], [W, P, C, 32, 1])
+    elif len(words) == 2:
+        return gl.join(words[0], words[1])
+    else:
+        x = gl.join(gl.join(words[0], words[2]), gl.join(words[1], words[3]))
+        return gl.reshape(x, [W, P, C, 32, 4])
+
+
+@gluon.jit
+def load_scales(tile, W: gl.constexpr, P: gl.constexpr, AT: gl.constexpr, PAGE_WORDS: gl.constexpr):
+    """Key and value scales, which begin at word AT of a page: two float32 [W, P, 2, 8]."""
+    L: gl.constexpr = _scale_layout(W, P)
+    r = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, L))))[None, None, None, :]
+    n0 = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, L))))[None, None, :, None]
+    page = gl.arange(0, P, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, L))))[None, :, None, None]
+    at = (_of_warp(tile, W, L) + r * 4) + (page * (PAGE_WORDS * 4) + n0 * 32) + AT * 4
+    return gl.inline_asm_elementwise(
+        _SCALES, "=f,=f,r", [at], dtype=(gl.float32, gl.float32), is_pure=False, pack=1
+    )
