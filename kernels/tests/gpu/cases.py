@@ -141,8 +141,8 @@ ANCHORED = (
 
 
 def decode_variants() -> list[DecodeVariant]:
-    """34 on the default path: as the first benchmark has them, every uniform format, `ANCHORED`. 16 on the
-    portable one: half of the uniform formats, two with anchors, two of prod. Every head_dim, group and option
+    """34 on the default path: as the first benchmark has them, every uniform format, `ANCHORED`. 10 on the
+    portable one: each width of keys, two with anchors, two of prod. Every head_dim, group and option
     in its turn."""
     anchored = [KVFormat(4, 4, anchor=True), KVFormat(5, 3, anchor=True)]
     prod = [fmt for fmt in COMPRESSED_FORMATS if fmt.encoding is Encoding.PROD]
@@ -152,7 +152,7 @@ def decode_variants() -> list[DecodeVariant]:
         # One further for each width of keys, so that a head_dim meets values of every width.
         head_dim = _turn(hopper.HEAD_DIMS, i + i // len(VALUE_BITS))
         variants.append(_decode_variant(None, fmt, head_dim, i))
-    portable = (*_checkered(UNIFORM), *anchored, *prod[1:7:5])
+    portable = (*_diagonal(UNIFORM), *anchored, *prod[1:7:5])
     for i, fmt in enumerate(portable):
         variants.append(_decode_variant("portable", fmt, _turn(HEAD_DIMS, i), i + 3))
     return variants
@@ -210,9 +210,11 @@ def _turn(values: Sequence[T], i: int) -> T:
     return values[i % len(values)]
 
 
-def _checkered(formats: Sequence[KVFormat]) -> list[KVFormat]:
-    """Every other format, such that each width of keys and of values is among them."""
-    return [fmt for i, fmt in enumerate(formats) if (i + i // len(VALUE_BITS)) % 2]
+def _diagonal(formats: Sequence[KVFormat]) -> list[KVFormat]:
+    """One format of each width of keys, and of values each in its turn."""
+    return [
+        fmt for i, fmt in enumerate(formats) if i % len(VALUE_BITS) == i // len(VALUE_BITS) % len(VALUE_BITS)
+    ]
 
 
 def decode_step(

@@ -142,10 +142,14 @@ def store_logits(
     products = gl.full([W, 16, 2 * R], 0.0, gl.float32, mma)
     for first in gl.static_range(0, D, 64):
         d = first + gl.arange(0, 64, gl.SliceLayout(0, gl.SliceLayout(1, A)))[None, None, :]
-        a = gl.load(vector + d)
+        if first + 64 > D:
+            # The second condition always holds, as below.
+            a = gl.load(vector + d, mask=(d < D) & (vector.to(gl.int64, bitcast=True) != 0), other=0.0)
+        else:
+            a = gl.load(vector + d)
         d = first + gl.arange(0, 64, gl.SliceLayout(0, gl.SliceLayout(2, B)))[None, :, None]
-        # The second condition always holds: it gives the mask the shape of what is loaded.
-        q = gl.load(queries + query + d, mask=used & (d >= 0), other=0.0).to(gl.float32)
+        # Where the second condition always holds, it gives the mask the shape of what is loaded.
+        q = gl.load(queries + query + d, mask=used & (d < D), other=0.0).to(gl.float32)
         rounded = q.to(gl.bfloat16)
         left = (q - rounded.to(gl.float32)).to(gl.bfloat16)
         products = mma_v2(a, gl.where(column % 2 == 0, rounded, left), products)

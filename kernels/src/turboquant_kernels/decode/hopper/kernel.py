@@ -269,11 +269,12 @@ def decode_kernel(
     used = row < total_rows
     for i in gl.static_range(len(KEY_BLOCKS)):
         if SHARED_QUERIES:
-            part = load_queries(queries + i * 128, q_row, used, KEY_BITS, KEY_BLOCKS[i], B)
+            part = load_queries(queries + i * 128, q_row, used, KEY_BITS, KEY_BLOCKS[i], D - i * 128, B)
             share_queries(memory.index(RING_ROWS + i), part, W, N, KEY_BLOCKS[i])
         else:
             of_warp = used & (no_warp == 0)
-            q = q + (load_queries(queries + i * 128, q_row + no_warp, of_warp, KEY_BITS, KEY_BLOCKS[i], B),)
+            at = queries + i * 128
+            q = q + (load_queries(at, q_row + no_warp, of_warp, KEY_BITS, KEY_BLOCKS[i], D - i * 128, B),)
     if SHARED_QUERIES:
         gl.thread_barrier()
     key_registers = load_table(tables, KEY_REGISTERS, W, P)
@@ -467,7 +468,8 @@ def decode_kernel(
         d = i * VALUE_BLOCK + gl.arange(0, VALUE_BLOCKS[i], gl.SliceLayout(0, x.type.layout))[None, :]
         if count == 1:
             store_alone(
-                attended_out + d,
+                attended_out,
+                d,
                 x,
                 highest,
                 sums,
@@ -482,7 +484,7 @@ def decode_kernel(
                 KV_HEADS * G,
             )
         else:
-            gl.store(partial + (out_row * R + r[:, None]) * D + d, x)
+            gl.store(partial + (out_row * R + r[:, None]) * D + d, x, mask=(d < D) & (r >= 0)[:, None])
             if i == 0:
                 gl.store(stats + (out_row * R + r) * 2, highest)
                 gl.store(stats + (out_row * R + r) * 2 + 1, sums)

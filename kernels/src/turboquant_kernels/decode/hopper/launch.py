@@ -22,7 +22,7 @@ from turboquant_kernels.formats import ANCHOR_TOKENS, PAGE_TOKENS, Encoding, KVF
 from turboquant_kernels.packing import PLANES
 from turboquant_kernels.queries.reference import QuantizedQueries
 
-HEAD_DIMS = (64, 128, 192, 256)
+HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 """Head dimensions of this kernel."""
 
 
@@ -59,12 +59,15 @@ class Launch:
 def supports(fmt: KVFormat, head_dim: int, capability: int, block_stride: int) -> bool:
     """Whether this kernel reads a cache of this format, with blocks `block_stride` bytes apart."""
     known = fmt.encoding is Encoding.MSE and head_dim in HEAD_DIMS
+    if head_dim == 80 and (PLANES[fmt.key_bits][-1] == 1 or fmt.value_bits == 3):
+        return False  # rows of ten bytes in an order of their own, and slots that are no whole words
     return known and capability == 90 and block_stride % 16 == 0
 
 
 def launch_of(fmt: KVFormat, head_dim: int, rows: int) -> Launch:
     """The tuned launch for `rows` rows (query heads of a KV head times query tokens)."""
     held = 4 if rows <= 4 else 8
+    head_dim = 128 if head_dim in (80, 96) else head_dim
     asked = {"head_dim": head_dim, "rows": held, "key_bits": fmt.key_bits, "value_bits": fmt.value_bits}
     for rule in _rules():
         if all(asked[name] in values for name, values in rule["where"].items()):
@@ -172,7 +175,8 @@ def variants() -> Iterator[AotVariant]:
         at_128 = head_dim == 128
         for rows in (4, 8):
             for name in names if at_128 else names[:4]:
-                yield _variant(KVFormat.parse(name), head_dim, rows)
+                if supports(KVFormat.parse(name), head_dim, 90, block_stride=16):
+                    yield _variant(KVFormat.parse(name), head_dim, rows)
             for name in names[:4] if at_128 else names[:1]:
                 yield _variant(replace(KVFormat.parse(name), anchor=True), head_dim, rows)
 
@@ -256,13 +260,21 @@ def _constexprs(
         "PAGES_OF_BLOCK": block_size // PAGE_TOKENS,
         "W": launch.num_warps,
         "P": launch.pages,
-        "VALUE_BLOCK": min(launch.value_block, head_dim),
+        "VALUE_BLOCK": _value_block(fmt, head_dim, launch),
         "SHARED_QUERIES": launch.shared_queries,
         "EVICT_FIRST": launch.evict_first,
         "WINDOW": window,
         "SOFT_CAP": soft_cap,
         "ANCHOR": fmt.anchor,
     }
+
+
+def _value_block(fmt: KVFormat, head_dim: int, launch: Launch) -> int:
+    """Coordinates of values that are unpacked at once: fewer where a last block, rounded up, would reach
+    beyond the page's end. Behind the last values, four tokens in each byte column, there are scales."""
+    beyond = sum(blocks_of(head_dim, launch.value_block)) - head_dim
+    fits = 4 * beyond * PLANES[fmt.value_bits][-1] // 8 <= PAGE_TOKENS * fmt.scale_bytes
+    return launch.value_block if fits else 64
 
 
 def _table_words(bits: int, head_dim: int) -> list[int]:

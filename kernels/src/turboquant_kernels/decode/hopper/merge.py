@@ -103,6 +103,7 @@ def store_zeros(
 @gluon.jit
 def store_alone(
     attended,
+    d,
     x,
     maximum,
     total,
@@ -118,8 +119,8 @@ def store_alone(
 ):
     """Writes what `merge_splits` would write of a sequence's only split.
 
-    x, maximum, total: float32 [R, N], [R], [R]. `attended` points to those N coordinates, [1, N], of the
-    first query head and token; row: [R], the others as there.
+    x, maximum, total: float32 [R, N], [R], [R], x of the coordinates d, [1, N], row: [R], the others as
+    there.
     """
     head = q_head + row % GROUP
     if sinks is None:
@@ -132,4 +133,4 @@ def store_alone(
         total = total * share + gl.exp2(sink - highest)
     result = gl.where((total == 0.0)[:, None], 0.0, x * (share * unit / total)[:, None])
     out = ((token + row // GROUP) * Q_HEADS + head) * D
-    gl.store(attended + out[:, None], result, mask=(row < total_rows)[:, None])
+    gl.store(attended + out[:, None] + d, result, mask=(row < total_rows)[:, None] & (d < D))

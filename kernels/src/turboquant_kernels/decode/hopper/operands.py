@@ -18,8 +18,15 @@ _ADDRESS = gl.constexpr("{ .reg .b32 b; mov.b32 b, global_smem; add.s32 $0, b, $
 
 @gluon.constexpr_function
 def blocks_of(head_dim, largest):
-    """Pieces of a vector that are read at once: `largest` coordinates, the last one maybe fewer."""
-    return tuple(min(largest, head_dim - first) for first in range(0, head_dim, largest))
+    """Pieces of a vector that are read at once: `largest` coordinates, the last one maybe fewer.
+
+    Of 80 and 96 the last one is rounded up to a power of two, at least 32: what stands in place of
+    coordinates that a vector does not have meets zeros of a query, or is not stored.
+    """
+    return tuple(
+        min(largest, max(32, 1 << (head_dim - first - 1).bit_length()))
+        for first in range(0, head_dim, largest)
+    )
 
 
 @gluon.constexpr_function
@@ -48,9 +55,16 @@ def shared_address(at):
 
 
 @gluon.jit
-def load_words(address, WORDS: gl.constexpr):
-    """The WORDS words at shared addresses [...]: a tuple of int32 tensors [...]. It waits for no store."""
-    if WORDS == 1:
+def load_words(address, WORDS: gl.constexpr, AT_ONCE: gl.constexpr):
+    """The WORDS words at shared addresses [...]: a tuple of int32 tensors [...]. It waits for no store.
+
+    AT_ONCE of them, 1, 2 or 4, are one load, whose address is a multiple of its size.
+    """
+    if WORDS > AT_ONCE:
+        return load_words(address, AT_ONCE, AT_ONCE) + load_words(
+            address + 4 * AT_ONCE, WORDS - AT_ONCE, AT_ONCE
+        )
+    elif WORDS == 1:
         a = gl.inline_asm_elementwise(
             "ld.shared.b32 $0, [$1];", "=r,r", [address], dtype=gl.int32, is_pure=False, pack=1
         )
@@ -65,7 +79,7 @@ def load_words(address, WORDS: gl.constexpr):
             pack=1,
         )
         return (a, b)
-    elif WORDS == 4:
+    else:
         a, b, c, d = gl.inline_asm_elementwise(
             "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];",
             "=r,=r,=r,=r,r",
@@ -75,8 +89,6 @@ def load_words(address, WORDS: gl.constexpr):
             pack=1,
         )
         return (a, b, c, d)
-    else:
-        return load_words(address, 4) + load_words(address + 16, 4)
 
 
 @gluon.constexpr_function
@@ -200,9 +212,11 @@ def load_queries(
     seen,
     BITS: gl.constexpr,
     BLOCK: gl.constexpr,
+    LEFT: gl.constexpr,
     B: gl.constexpr,
 ):
-    """Rotated queries of a block of coordinates, in the order of the key operand: int8 [W, BLOCK, 2 R]."""
+    """Rotated queries of a block of coordinates, of which there are LEFT, in the order of the key operand:
+    int8 [W, BLOCK, 2 R]."""
     k = gl.arange(0, BLOCK, gl.SliceLayout(0, gl.SliceLayout(2, B)))[None, :, None]
     register = k // 16
     byte = k % 4
@@ -211,8 +225,9 @@ def load_queries(
     else:
         within = 4 * register + byte
     coordinate = (k // 4 % 4) * (BLOCK // 4) + within
-    # The second condition always holds: it gives the mask the shape of what is loaded.
-    return gl.load(queries + q_row + coordinate, mask=seen & (coordinate >= 0), other=0)
+    # Where the second condition always holds, it gives the mask the shape of what is loaded.
+    there = coordinate < LEFT if LEFT < BLOCK else coordinate >= 0
+    return gl.load(queries + q_row + coordinate, mask=seen & there, other=0)
 
 
 @gluon.constexpr_function
@@ -259,7 +274,7 @@ def load_shared_queries(
     lane = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, L)))[None, None, :]
     chunk = gl.arange(0, CHUNKS, gl.SliceLayout(0, gl.SliceLayout(2, L)))[None, :, None]
     no_warp = gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, L)))[:, None, None] * 0
-    a, b, c, d = load_words(shared_address(lane * 16 + no_warp) + (chunk * 512 + AT), 4)
+    a, b, c, d = load_words(shared_address(lane * 16 + no_warp) + (chunk * 512 + AT), 4, 4)
     x = gl.reshape(gl.join(gl.join(a, c), gl.join(b, d)), [W, CHUNKS, 32, 4])
     x = gl.convert_layout(x, gl.SliceLayout(4, Q), assert_trivial=True)
     x, _ = gl.broadcast(x[:, :, :, :, None], gl.full([W, CHUNKS, 32, 4, 4], 0, gl.int32, Q))

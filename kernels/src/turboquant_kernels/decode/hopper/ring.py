@@ -136,6 +136,12 @@ def wait(arrival, parity):
     gl.inline_asm_elementwise(_WAIT, "=r,r,r", [arrival, parity], dtype=gl.int32, is_pure=False, pack=1)
 
 
+@gluon.constexpr_function
+def _words_at_once(words, row):
+    """Of `words` neighbours in rows of `row` words, which begin where the first row does: 1, 2 or 4."""
+    return min(4, words, row & -row)
+
+
 @gluon.jit
 def _load_plane(
     tile,
@@ -166,7 +172,7 @@ def _load_plane(
         within = lane % 4 * ROW + lane // 4 * WORDS
         STEP: gl.constexpr = 8 * WORDS
     at = (_of_warp(tile, W, L) + within * 4) + (page * (PAGE_WORDS * 4) + c * (STEP * 4)) + FIRST * 4
-    return load_words(at, WORDS)
+    return load_words(at, WORDS, _words_at_once(WORDS, ROW))
 
 
 @gluon.jit
