@@ -117,6 +117,15 @@ def _log2_of_scale(scale):
     )
 
 
+@gluon.jit
+def _store_split(partial, stats, x, highest, sums, row, d, FIRST: gl.constexpr, D: gl.constexpr):
+    """Stores a split's sums x, float32 [R, N], of coordinates d, [1, N]; with the FIRST of them its stats."""
+    gl.store(partial + row[:, None] * D + d, x, mask=(d < D) & (row >= 0)[:, None])
+    if FIRST:
+        gl.store(stats + row * 2, highest)
+        gl.store(stats + row * 2 + 1, sums)
+
+
 @gluon.jit(do_not_specialize=["num_seqs"])
 def decode_kernel(
     partial,
@@ -215,7 +224,6 @@ def decode_kernel(
     if first_page >= end_page:
         return
     seq_len = gl.load(seq_lens + sequence)
-    count = 0
     if FUSED:
         count = gl.load(splits + 2 * sequence + 1)
 
@@ -466,28 +474,28 @@ def decode_kernel(
         x, highest, sums = merge_warps(blocks[i], maxima, totals, W, R, VALUE_BLOCKS[i])
         r = gl.arange(0, R, highest.type.layout)
         d = i * VALUE_BLOCK + gl.arange(0, VALUE_BLOCKS[i], gl.SliceLayout(0, x.type.layout))[None, :]
-        if count == 1:
-            store_alone(
-                attended_out,
-                d,
-                x,
-                highest,
-                sums,
-                sinks,
-                unit,
-                group * R + r,
-                total_rows,
-                head * G,
-                sequence * query_len,
-                D,
-                G,
-                KV_HEADS * G,
-            )
+        if FUSED:
+            if count == 1:
+                store_alone(
+                    attended_out,
+                    d,
+                    x,
+                    highest,
+                    sums,
+                    sinks,
+                    unit,
+                    group * R + r,
+                    total_rows,
+                    head * G,
+                    sequence * query_len,
+                    D,
+                    G,
+                    KV_HEADS * G,
+                )
+            else:
+                _store_split(partial, stats, x, highest, sums, out_row * R + r, d, i == 0, D)
         else:
-            gl.store(partial + (out_row * R + r[:, None]) * D + d, x, mask=(d < D) & (r >= 0)[:, None])
-            if i == 0:
-                gl.store(stats + (out_row * R + r) * 2, highest)
-                gl.store(stats + (out_row * R + r) * 2 + 1, sums)
+            _store_split(partial, stats, x, highest, sums, out_row * R + r, d, i == 0, D)
     if FUSED:
         if count == 1:
             return
