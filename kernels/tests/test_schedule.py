@@ -56,11 +56,14 @@ def test_a_window_leaves_out_the_pages_before_it(device, query_len):
     assert parts[-1][1] == 63
 
 
-def test_a_first_page_is_rounded_down(device):
-    """To where the tokens begin that share a key anchor with the first of a window, 300."""
-    (parts,) = spans([400], 2, device, window=100, tile_pages=2, first_multiple=8)
-    assert [first for first, _ in parts] == [16, 20]
-    assert parts[-1][1] == 25
+@pytest.mark.parametrize("tile_pages", [2, 16])
+def test_splits_begin_where_the_tokens_of_a_key_anchor_do(device, tile_pages):
+    """Those of the first page that the window sees, 18, and those where a split of few pages would end."""
+    (parts,) = spans([780], 5, device, window=485, tile_pages=tile_pages, first_multiple=8)
+    assert parts[0][0] == 16
+    assert all(first % 8 == 0 for first, _ in parts)
+    assert parts[-1][1] == 49
+    assert len(parts) == {2: 5, 16: 3}[tile_pages]
 
 
 def test_a_sequence_without_tokens_has_no_item(device):

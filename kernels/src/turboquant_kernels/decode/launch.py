@@ -44,7 +44,7 @@ class Workspace:
     launch: hopper.Launch | portable.Launch
     query_len: int
     first_multiple: int
-    """What the first page that is read is a multiple of: the pages that share a key anchor, else 1."""
+    """What the first page of a split is a multiple of: the pages that share a key anchor, else 1."""
     schedule: Schedule
     partial: torch.Tensor
     """float32 [items, kv_heads, row_groups, rows, D]: sums of values of the splits."""

@@ -5,6 +5,7 @@ this kernel deals them out: every sequence is cut into equal splits, as few as k
 Layers that share lengths and window share the table.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -51,8 +52,8 @@ def fill(
     """Deals the sequences out, in place, without a host synchronisation.
 
     seq_lens: int32 [num_seqs], query tokens included. A split is a multiple of `tile_pages` pages, what a
-    program reads at a time. The first page of a sequence, which a window may put anywhere, is rounded down
-    to a multiple of `first_multiple`.
+    program reads at a time, and begins at a multiple of `first_multiple`: the first page of a sequence, which
+    a window may put anywhere, is rounded down to one.
     """
     num_seqs = len(seq_lens)
     _fill_kernel[(num_seqs,)](
@@ -64,7 +65,7 @@ def fill(
         query_len,
         window or 0,
         PAGE=PAGE_TOKENS,
-        TILE=tile_pages,
+        TILE=math.lcm(tile_pages, first_multiple),
         FIRST_MULTIPLE=first_multiple,
         STEPS=_SEARCH_STEPS,
         BLOCK=triton.next_power_of_2(num_seqs),
