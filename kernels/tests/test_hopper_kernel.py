@@ -1,0 +1,186 @@
+"""The Hopper decode kernel without a GPU: its PTX, run by `ptx_machine`, against attention in float64.
+
+From queries to output as an engine calls it, over caches whose unused bytes are NaN scales. What else it must
+not do, such as to read a page before it has come, the machine finds.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from hopper_ptx import MachineKernel
+from test_paged_attention import Batch
+from triton.experimental.gluon import language as gl
+
+from turboquant_kernels.decode import hopper
+from turboquant_kernels.decode.hopper import launch as hopper_launch
+from turboquant_kernels.decode.launch import Workspace, paged_decode
+from turboquant_kernels.formats import KVFormat
+
+TOLERANCE = 5e-4
+"""Relative error of the float32 result, as for the GPU."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sequences and what the kernel is specialized to."""
+
+    lengths: tuple[int, ...]
+    fmt: str = "tq-k4v4"
+    head_dim: int = 128
+    group: int = 4
+    kv_heads: int = 1
+    query_len: int = 1
+    block_size: int = 16
+    anchor: bool = False
+    splits: int = 1
+    """Items of each KV head that a schedule has room for, if they are not fewer than sequences."""
+    dtype: torch.dtype = torch.float32
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def batch(self) -> Batch:
+        query_lens = [self.query_len if length else 0 for length in self.lengths]
+        fmt = KVFormat.parse(self.fmt)
+        fmt = KVFormat(fmt.key_bits, fmt.value_bits, anchor=self.anchor)
+        heads = {"q_heads": self.group * self.kv_heads, "kv_heads": self.kv_heads}
+        batch = Batch(query_lens, list(self.lengths), fmt, self.head_dim, block_size=self.block_size, **heads)
+        batch.queries = [query.to(self.dtype).float() for query in batch.queries]
+        return batch
+
+
+SINKS = torch.tensor([0.5, -2.0, 3.0, 6.0])
+ALONE = {"lengths": (1500,)}
+"""One split, in whose ring stages are filled several times at any tile."""
+CASES = {
+    "splits": Case((700, 1, 64, 300), kv_heads=2, splits=9),
+    "splits and sinks": Case((700,), splits=3, options={"sinks": SINKS}),
+    "many splits, merged by a kernel": Case((1100,), splits=17, options={"sinks": SINKS}),
+    "one split": Case(**ALONE, kv_heads=2),
+    "one split and sinks": Case(**ALONE, options={"sinks": SINKS}),
+    "empty sequences": Case((0, 90, 0), splits=3),
+    "window": Case((700, 40), splits=3, options={"window": 300}),
+    "window of one": Case((200,), options={"window": 1}),
+    "soft cap": Case((300,), options={"soft_cap": 3.0}),
+    "query tokens, window, soft cap": Case(
+        (733, 3), group=2, query_len=3, splits=3, options={"window": 400, "soft_cap": 5.0}
+    ),
+    "one query head": Case((200,), group=1),
+    "8 rows": Case((700, 30), group=8, splits=3),
+    "12 rows": Case((300,), group=6, query_len=2),
+    "blocks of 128": Case((700, 129), block_size=128, kv_heads=2, splits=3),
+    "bf16 queries": Case((100,), dtype=torch.bfloat16),
+    "k2v2": Case(**ALONE, fmt="tq-k2v2"),
+    "k3v3": Case(**ALONE, fmt="tq-k3v3"),
+    "k5v3": Case(**ALONE, fmt="tq-k5v3"),
+    "k8v8": Case(**ALONE, fmt="tq-k8v8"),
+    "k6v8": Case(**ALONE, fmt="tq-k6v8"),
+    "k8v4, 8 rows": Case((700,), "tq-k8v4", group=8),
+    "k3v3, 8 rows": Case((700,), "tq-k3v3", group=8),
+    "D 64": Case(**ALONE, head_dim=64, kv_heads=2),
+    "D 64, k5v3, 8 rows": Case((700,), "tq-k5v3", 64, group=8, splits=2),
+    "D 80": Case(**ALONE, head_dim=80, kv_heads=2),
+    "D 80, 8 rows": Case((300,), head_dim=80, group=8),
+    "D 96, k5v3": Case(**ALONE, fmt="tq-k5v3", head_dim=96),
+    "D 192, k4v4, 8 rows": Case((700,), head_dim=192, group=8),
+    "D 192, k3v3": Case((700,), "tq-k3v3", 192),
+    "D 256, 8 rows": Case((700,), head_dim=256, group=8, splits=2),
+    "D 256, k5v3": Case((700,), "tq-k5v3", 256),
+    "anchors": Case((700, 20), anchor=True, block_size=128, kv_heads=2, splits=3),
+    "anchors, k3v3, 8 rows": Case((700,), "tq-k3v3", anchor=True, block_size=256, group=8),
+    "anchors, k3v3": Case((700,), "tq-k3v3", anchor=True, block_size=256, dtype=torch.bfloat16),
+    "anchors, D 96": Case((400,), head_dim=96, anchor=True, block_size=128),
+    "anchors, D 192": Case((400,), head_dim=192, anchor=True, block_size=128),
+    "anchors, window": Case(
+        (700,), anchor=True, block_size=128, query_len=2, group=2, splits=2, options={"window": 250}
+    ),
+    "anchors of several runs": Case((8700,), anchor=True, block_size=128),
+}
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    kernel = MachineKernel()
+    yield kernel
+    kernel.close()
+
+
+@pytest.fixture
+def machine(compiled, monkeypatch):
+    monkeypatch.setattr(hopper_launch, "decode_kernel", compiled)
+    monkeypatch.setattr(compiled, "backwards", False)
+    return compiled
+
+
+@pytest.fixture
+def decode(machine, monkeypatch):
+    def decode(case: Case, batch: Batch) -> tuple[torch.Tensor, Workspace]:
+        """float32 [num_seqs * query_len, q_heads, D], and the workspace it was made in."""
+        launch_of = hopper_launch.launch_of
+
+        def launch_for_splits(fmt, head_dim, rows):
+            launch = launch_of(fmt, head_dim, rows)
+            return replace(launch, programs_per_sm=case.splits * case.kv_heads * launch.row_groups(rows))
+
+        monkeypatch.setattr(hopper, "launch_of", launch_for_splits)
+        q_heads = case.group * case.kv_heads
+        lengths = torch.tensor(case.lengths, dtype=torch.int32)
+        workspace = Workspace.allocate(
+            batch.codec, batch.cache, len(lengths), case.query_len, q_heads, path="hopper"
+        )
+        workspace.deal_out(lengths, case.options.get("window"))
+        workspace.partial.fill_(torch.nan)
+        workspace.stats.fill_(torch.nan)
+        empty = torch.ones(case.query_len, q_heads, case.head_dim)
+        query = torch.cat([query if len(query) else empty for query in batch.queries]).to(case.dtype)
+        result = paged_decode(
+            batch.codec,
+            query,
+            batch.cache,
+            batch.block_table,
+            lengths,
+            query_len=case.query_len,
+            scale=case.head_dim**-0.5,
+            path="hopper",
+            workspace=workspace,
+            out=torch.full(query.shape, torch.nan),
+            **case.options,
+        )
+        return result, workspace
+
+    return decode
+
+
+def assert_close(case: Case, batch: Batch, result: torch.Tensor) -> None:
+    used = torch.tensor(case.lengths).repeat_interleave(case.query_len) > 0
+    assert (result[~used] == 0).all()
+    exact = batch.oracle(**case.options)
+    error = (result[used].double() - exact).norm(dim=-1) / exact.norm(dim=-1)
+    assert error.max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_attention(name, decode):
+    case = CASES[name]
+    batch = case.batch()
+    result, workspace = decode(case, batch)
+    assert_close(case, batch, result)
+    assert (workspace.counters is None) == ("merged by a kernel" in name)
+    assert workspace.counters is None or not workspace.counters.any()
+    assert workspace.schedule.splits[:, 1].max() >= min(case.splits, 2)
+
+
+def test_the_order_of_programs_changes_no_bit(decode, machine):
+    """Another one finishes last and merges."""
+    case = CASES["splits"]
+    batch = case.batch()
+    first, _ = decode(case, batch)
+    machine.backwards = True
+    assert torch.equal(first, decode(case, batch)[0])
+
+
+def test_offsets_of_64_bits(decode, monkeypatch):
+    monkeypatch.setattr(hopper_launch, "_offset_type", lambda _: gl.int64)
+    case = CASES["anchors"]
+    batch = case.batch()
+    assert_close(case, batch, decode(case, batch)[0])
