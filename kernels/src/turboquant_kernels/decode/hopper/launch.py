@@ -169,7 +169,7 @@ def value_unit(codec: Codec) -> float:
 
 def variants() -> Iterator[AotVariant]:
     """Formats of the benchmarks at every head dimension, a few others at 128, one and more rows; with key
-    anchors those of the benchmarks at 128, and one at every head dimension."""
+    anchors those of the benchmarks at 128, and one at every head dimension; one with each option."""
     names = ("tq-k4v4", "tq-k3v3", "tq-k8v4", "tq-k5v3", "tq-k4v2", "tq-k6v8", "tq-k2v2")
     for head_dim in HEAD_DIMS:
         at_128 = head_dim == 128
@@ -179,9 +179,12 @@ def variants() -> Iterator[AotVariant]:
                     yield _variant(KVFormat.parse(name), head_dim, rows)
             for name in names[:4] if at_128 else names[:1]:
                 yield _variant(replace(KVFormat.parse(name), anchor=True), head_dim, rows)
+    for option in ("split", "window", "cap", "sinks"):
+        yield _variant(KVFormat.parse(names[0]), 128, 4, option)
 
 
-def _variant(fmt: KVFormat, head_dim: int, rows: int) -> AotVariant:
+def _variant(fmt: KVFormat, head_dim: int, rows: int, option: str = "") -> AotVariant:
+    """`option`: "split" for results that another kernel merges, "window", "cap" or "sinks"."""
     launch = launch_of(fmt, head_dim, rows)
     signature = {
         "partial": "*fp32",
@@ -208,13 +211,21 @@ def _variant(fmt: KVFormat, head_dim: int, rows: int) -> AotVariant:
     strides = ["query_token_stride", "query_head_stride"]
     anchored = {"anchor_queries": "*bf16", "anchor_scale": "fp32", **dict.fromkeys(strides, "i32")}
     block_size = ANCHOR_TOKENS if fmt.anchor else PAGE_TOKENS
-    constexprs = _constexprs(fmt, head_dim, launch, 8, rows, 1, block_size, False, False)
-    absent: dict[str, Any] = {"sinks": None} | ({} if fmt.anchor else dict.fromkeys(anchored))
+    constexprs = _constexprs(
+        fmt, head_dim, launch, 8, rows, 1, block_size, option == "window", option == "cap"
+    )
+    absent = [] if fmt.anchor else [*anchored]
+    if option == "split":
+        absent += ["attended_out", "splits", "counters"]
+    if option != "sinks":
+        absent.append("sinks")
+    present = signature | anchored | {"sinks": "*bf16"}
+    name = f"{fmt.name.removeprefix('tq-')}{'-anchor' * fmt.anchor}-d{head_dim}-r{rows}"
     return AotVariant(
-        name=f"decode-hopper-{fmt.name.removeprefix('tq-')}{'-anchor' * fmt.anchor}-d{head_dim}-r{rows}",
+        name=f"decode-hopper-{name}{option and '-'}{option}",
         kernel=decode_kernel,
-        signature=signature | (anchored if fmt.anchor else {}),
-        constexprs=constexprs | absent | {"OFFSET": gl.int32, "FUSED": True},
+        signature={argument: kind for argument, kind in present.items() if argument not in absent},
+        constexprs=constexprs | dict.fromkeys(absent) | {"OFFSET": gl.int32, "FUSED": option != "split"},
         num_warps=launch.num_warps,
         options={"maxnreg": launch.max_registers} if launch.max_registers else {},
         divisible=("block_stride", "block_table_stride", *(strides if fmt.anchor else ())),
