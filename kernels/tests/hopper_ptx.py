@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import triton
 from ptx_machine import Memory, Program
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
@@ -21,7 +22,6 @@ def compile_kernel(
     signature: dict[str, str], constexprs: dict[Any, Any], attrs: dict[Any, Any], options: dict[str, int]
 ) -> tuple[str, int]:
     """PTX and bytes of shared memory. Not in a process in which Triton interprets kernels."""
-    import triton
     from triton.experimental.gluon._runtime import GluonASTSource
 
     source = GluonASTSource(decode_kernel, signature, constexprs, attrs)
@@ -64,7 +64,8 @@ class MachineKernel:
         memory = Memory([_bytes_of(x) for x in values if isinstance(x, torch.Tensor)])
         addresses = iter(range(len(memory.buffers)))
         words = [memory.address(next(addresses)) if isinstance(x, torch.Tensor) else _bits(x) for x in values]
-        program.run(grid, memory, words, shared, backwards=self.backwards)
+        # Triton appends pointers to scratch memory, of which this kernel has none.
+        program.run(grid, memory, [*words, 0, 0], shared, backwards=self.backwards)
 
 
 def _bytes_of(tensor: torch.Tensor) -> np.ndarray:

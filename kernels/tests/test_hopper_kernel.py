@@ -1,7 +1,7 @@
 """The Hopper decode kernel without a GPU: its PTX, run by `ptx_machine`, against attention in float64.
 
-From queries to output as an engine calls it, over caches whose unused bytes are NaN scales. What else it must
-not do, such as to read a page before it has come, the machine finds.
+Schedule, kernel and merge as an engine calls them, over caches whose unused bytes are NaN scales. What else
+the kernel must not do, such as to read a page before it has come, the machine finds.
 """
 
 from dataclasses import dataclass, field, replace
@@ -15,8 +15,9 @@ from triton.experimental.gluon import language as gl
 
 from turboquant_kernels.decode import hopper
 from turboquant_kernels.decode.hopper import launch as hopper_launch
-from turboquant_kernels.decode.launch import Workspace, paged_decode
+from turboquant_kernels.decode.launch import Workspace, attend
 from turboquant_kernels.formats import KVFormat
+from turboquant_kernels.queries.reference import rotate_queries
 
 TOLERANCE = 5e-4
 """Relative error of the float32 result, as for the GPU."""
@@ -41,8 +42,7 @@ class Case:
 
     def batch(self) -> Batch:
         query_lens = [self.query_len if length else 0 for length in self.lengths]
-        fmt = KVFormat.parse(self.fmt)
-        fmt = KVFormat(fmt.key_bits, fmt.value_bits, anchor=self.anchor)
+        fmt = replace(KVFormat.parse(self.fmt), anchor=self.anchor)
         heads = {"q_heads": self.group * self.kv_heads, "kv_heads": self.kv_heads}
         batch = Batch(query_lens, list(self.lengths), fmt, self.head_dim, block_size=self.block_size, **heads)
         batch.queries = [query.to(self.dtype).float() for query in batch.queries]
@@ -69,7 +69,6 @@ CASES = {
     "8 rows": Case((700, 30), group=8, splits=3),
     "12 rows": Case((300,), group=6, query_len=2),
     "blocks of 128": Case((700, 129), block_size=128, kv_heads=2, splits=3),
-    "bf16 queries": Case((100,), dtype=torch.bfloat16),
     "k2v2": Case(**ALONE, fmt="tq-k2v2"),
     "k3v3": Case(**ALONE, fmt="tq-k3v3"),
     "k5v3": Case(**ALONE, fmt="tq-k5v3"),
@@ -88,13 +87,15 @@ CASES = {
     "D 256, k5v3": Case((700,), "tq-k5v3", 256),
     "anchors": Case((700, 20), anchor=True, block_size=128, kv_heads=2, splits=3),
     "anchors, k3v3, 8 rows": Case((700,), "tq-k3v3", anchor=True, block_size=256, group=8),
-    "anchors, k3v3": Case((700,), "tq-k3v3", anchor=True, block_size=256, dtype=torch.bfloat16),
     "anchors, D 96": Case((400,), head_dim=96, anchor=True, block_size=128),
     "anchors, D 192": Case((400,), head_dim=192, anchor=True, block_size=128),
     "anchors, window": Case(
         (700,), anchor=True, block_size=128, query_len=2, group=2, splits=2, options={"window": 250}
     ),
     "anchors of several runs": Case((8700,), anchor=True, block_size=128),
+    "anchors of several runs, k3v3, bf16 queries": Case(
+        (8700,), "tq-k3v3", anchor=True, block_size=256, dtype=torch.bfloat16
+    ),
 }
 
 
@@ -115,7 +116,7 @@ def machine(compiled, monkeypatch):
 @pytest.fixture
 def decode(machine, monkeypatch):
     def decode(case: Case, batch: Batch) -> tuple[torch.Tensor, Workspace]:
-        """float32 [num_seqs * query_len, q_heads, D], and the workspace it was made in."""
+        """float32 [num_seqs * query_len, q_heads, D], un-rotated, and the workspace it was made in."""
         launch_of = hopper_launch.launch_of
 
         def launch_for_splits(fmt, head_dim, rows):
@@ -123,30 +124,28 @@ def decode(machine, monkeypatch):
             return replace(launch, programs_per_sm=case.splits * case.kv_heads * launch.row_groups(rows))
 
         monkeypatch.setattr(hopper, "launch_of", launch_for_splits)
-        q_heads = case.group * case.kv_heads
+        codec, q_heads = batch.codec, case.group * case.kv_heads
         lengths = torch.tensor(case.lengths, dtype=torch.int32)
         workspace = Workspace.allocate(
-            batch.codec, batch.cache, len(lengths), case.query_len, q_heads, path="hopper"
+            codec, batch.cache, len(lengths), case.query_len, q_heads, path="hopper"
         )
         workspace.deal_out(lengths, case.options.get("window"))
         workspace.partial.fill_(torch.nan)
         workspace.stats.fill_(torch.nan)
         empty = torch.ones(case.query_len, q_heads, case.head_dim)
         query = torch.cat([query if len(query) else empty for query in batch.queries]).to(case.dtype)
-        result = paged_decode(
-            batch.codec,
-            query,
+        rotated = attend(
+            codec,
+            rotate_queries(codec, query, case.head_dim**-0.5),
             batch.cache,
             batch.block_table,
             lengths,
             query_len=case.query_len,
-            scale=case.head_dim**-0.5,
-            path="hopper",
             workspace=workspace,
             out=torch.full(query.shape, torch.nan),
             **case.options,
         )
-        return result, workspace
+        return codec.unrotate(rotated), workspace
 
     return decode
 
