@@ -124,18 +124,22 @@ def test_greedy_continuations_are_reported_and_mostly_agree(start, record_proper
 def test_decoding_is_at_least_half_as_fast_as_with_a_bf16_cache(start, texts, record_property) -> None:
     tokens, prompt = 12, texts[0][:200]
 
-    def decode_seconds(engine) -> float:
-        """CPU time of `tokens` decode steps: a run with them less a run without; the prompt is cached."""
+    def seconds(engine, max_tokens: int) -> float:
+        """CPU time of a run, whose prompt is cached."""
         started = time.process_time()
-        engine.generate([prompt], max_tokens=1)
-        first = time.process_time()
-        engine.generate([prompt], max_tokens=1 + tokens)
-        return time.process_time() - first - (first - started)
+        engine.generate([prompt], max_tokens=max_tokens)
+        return time.process_time() - started
 
     plain, compressed = start("auto"), start("tq-k4v4")
-    for engine in (plain, compressed):
-        decode_seconds(engine)
-    ratios = [decode_seconds(plain) / decode_seconds(compressed) for _ in range(7)]
-    record_property("speed ratios", [round(ratio, 2) for ratio in ratios])
-    print(f"decode speed over bf16's: {[round(ratio, 2) for ratio in ratios]}")
-    assert median(ratios) >= 0.5
+    runs = {(engine, count): [] for engine in (plain, compressed) for count in (1, 1 + tokens)}
+    for _ in range(8):
+        for engine, count in runs:
+            runs[engine, count].append(seconds(engine, count))
+    # What else runs on the machine only makes a run longer; the first of each prepares what others find.
+    shortest = {run: min(times[1:]) for run, times in runs.items()}
+    ratio = (shortest[plain, 1 + tokens] - shortest[plain, 1]) / (
+        shortest[compressed, 1 + tokens] - shortest[compressed, 1]
+    )
+    record_property("speed ratio", round(ratio, 2))
+    print(f"decode speed over bf16's: {ratio:.2f}")
+    assert ratio >= 0.5
