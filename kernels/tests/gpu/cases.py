@@ -1,7 +1,7 @@
 """Cases for the GPU kernels: what they are specialized to, and random inputs for that.
 
 A kernel is compiled anew for what it is specialized to, which takes a second where a case takes a hundredth.
-So that is a list of at most 70 variants; each is compiled once, and everything else is drawn for each case.
+So that is a list of at most 60 variants; each is compiled once, and everything else is drawn for each case.
 
 What unused bytes hold is the worst there is: NaN scales in pages, block tables that point anywhere.
 """

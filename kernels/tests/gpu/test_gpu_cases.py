@@ -27,9 +27,9 @@ from turboquant_kernels.packing import KEY_SCALE, pages_of
 CPU = torch.device("cpu")
 
 
-def test_at_most_70_variants_each_with_a_name_of_its_own():
+def test_at_most_60_variants_each_with_a_name_of_its_own():
     names = [str(variant) for variant in all_variants()]
-    assert len(names) == len(set(names)) <= 70
+    assert len(names) == len(set(names)) <= 60
 
 
 @pytest.mark.parametrize("path", [None, "portable"])
@@ -43,7 +43,8 @@ def test_decode_variants_cover_every_width_head_dim_and_option_on_both_paths(pat
     assert {variant.windows for variant in own} >= {(), WINDOWS[1], WINDOWS[2]}
     assert {variant.fmt.anchor for variant in own} == {True, False}
     assert {variant.query_len for variant in own} == {1, 2, 4}
-    assert {variant.block_size for variant in own} >= {16, 32, 64, 128}
+    assert {variant.block_size for variant in own} - {256} == {16, 32, 64, 128}
+    assert (256 in {variant.block_size for variant in own}) == (path is None)
     assert len({variant.table_width for variant in own}) == 2
     assert max(max(variant.batches) for variant in own) == 512
 

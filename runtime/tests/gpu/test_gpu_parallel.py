@@ -34,8 +34,13 @@ def test_two_gpus_answer_as_one_and_hold_twice_as_much(
         distributed_executor_backend="mp",
         disable_custom_all_reduce=True,
     )
-    same_answers(two.generate(prompts, MAX_TOKENS, logprobs=2), one.generate(prompts, MAX_TOKENS, logprobs=2))
+    try:
+        outputs = two.generate(prompts, MAX_TOKENS, logprobs=2)
+        specs = two.executor.get_kv_cache_specs()
+    finally:
+        two.executor.shutdown()  # its workers do not sleep while they wait
+    same_answers(outputs, one.generate(prompts, MAX_TOKENS, logprobs=2))
     assert two.capacity_tokens == pytest.approx(2 * one.capacity_tokens, rel=0.01)
-    capacity = measure_capacity(two.config, two.executor.get_kv_cache_specs(), [MEMORY, MEMORY])
+    capacity = measure_capacity(two.config, specs, [MEMORY, MEMORY])
     plain = start(model, "auto")
     assert capacity.baseline_tokens == pytest.approx(2 * plain.capacity_tokens, rel=0.01)

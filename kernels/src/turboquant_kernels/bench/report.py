@@ -56,7 +56,7 @@ def lines(run: Run) -> list[str]:
             f"with key anchors: {run.anchor['anchor_graph_ms']:.4f} ms, {run.anchor['overhead']:+.1%}"
         )
     for entry in run.portable:
-        shape = Shape(*(entry[name.name] for name in fields(Shape)))
+        shape = Shape(*(entry[field.name] for field in fields(Shape)))
         told.append(
             f"portable path, {shape}: {entry['ms']:.4f} ms, {_times(entry['fa3_bf16_speedup'])} as fast "
             f"as FA3 bf16, {_times(entry['vllm_turboquant_speedup'])} as vLLM tq"
