@@ -152,6 +152,10 @@ class TestReport:
         fixture_row("fp8", case="32x32000", decode_tokens_per_second=1000.0),
         fixture_row(case="32x32000", decode_tokens_per_second=2000.0),
         fixture_row("auto", settings="vllm-defaults", decode_tokens_per_second=4000.0),
+        fixture_row("auto", case="1x32000", decode_tokens_per_second=400.0),
+        fixture_row(
+            "int4_per_token_head", "1x32000", decode_tokens_per_second=100.0, date="2026-01-02 00:00"
+        ),
     )
 
     def test_ratios_are_taken_within_one_case_and_one_set_of_flags(self):
@@ -166,6 +170,14 @@ class TestReport:
         (line,) = [line for line in text.splitlines() if "tq-k4v4" in line and "1.25" in line]
         assert line.split() == ["tq-k4v4", "3,400,000", "1,000.0", "2.00", "1.25", "1.0%", "20.0"]
         assert "TTFT" not in text
+
+    def test_a_ratio_to_a_row_of_another_run_is_marked(self, tmp_path):
+        (line,) = [line for line in rendered(report.tables(self.ROWS)).splitlines() if "vLLM int4" in line]
+        assert "~0.25" in line.split()
+        report.draw(self.ROWS, tmp_path / "engine.svg")
+        svg = (tmp_path / "engine.svg").read_text()
+        assert "~0.25x" in svg
+        assert "~1.00x" not in svg
 
     def test_sessions_show_their_waiting_and_hits(self):
         measured = {"decode_tokens_per_second": None, "output_tokens_per_second": 70.0}
@@ -185,7 +197,14 @@ class TestReport:
         report.draw(self.ROWS, tmp_path / "engine.svg")
         svg = (tmp_path / "engine.svg").read_text()
         ElementTree.fromstring(svg)
-        for text in ("llama-3.1-8b", "vllm-defaults", "8x32000", "32x32000", "2.00x", "1.60x"):
+        for text in (
+            "llama-3.1-8b",
+            "vllm-defaults",
+            "8x32000",
+            "32x32000, tokens/s (over fp8)",
+            "2.00x",
+            "1.60x",
+        ):
             assert text in svg
         before = svg
         report.draw(self.ROWS, tmp_path / "engine.svg")

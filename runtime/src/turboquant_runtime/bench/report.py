@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.box import SIMPLE
 from rich.table import Table
@@ -19,6 +20,8 @@ _COLORS = {
     "turboquant_4bit_nc": "#c9a13b",
 }
 _OWN_COLOR = "#2f6fb0"
+_COLUMNS = 4
+"""Panels side by side: more cannot be read at the width of a page."""
 
 
 def label(cache: str) -> str:
@@ -36,7 +39,10 @@ def ratios(rows: Iterable[Row]) -> Mapping[tuple[str, ...], Mapping[str, float]]
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
-    """One for each GPU, model, flags and case, with columns for what the case has."""
+    """One for each GPU, model, flags and case, with columns for what the case has.
+
+    A ratio to a row of another run has a `~`.
+    """
     over = ratios(rows)
     subjects = dict.fromkeys(row.key[:-1] for row in rows)
     return [_table([row for row in rows if row.key[:-1] == subject], over) for subject in subjects]
@@ -44,11 +50,17 @@ def tables(rows: Sequence[Row]) -> list[Table]:
 
 def _table(rows: Sequence[Row], over: Mapping[tuple[str, ...], Mapping[str, float]]) -> Table:
     first = rows[0]
+    runs = {row.kv_cache_dtype: row.date for row in rows}
+
+    def ratio(row: Row, baseline: str) -> str:
+        value = over[row.key].get(baseline)
+        return "-" if value is None else _between(row.date, runs[baseline]) + f"{value:.2f}"
+
     columns: dict[str, Callable[[Row], str]] = {
         "capacity\ntokens": lambda row: f"{row.capacity_tokens:,}",
         "tokens/s": lambda row: _number(row.rate, ",.1f"),
-        "x bf16": lambda row: _number(over[row.key].get("auto"), ".2f"),
-        "x fp8": lambda row: _number(over[row.key].get("fp8"), ".2f"),
+        "x bf16": lambda row: ratio(row, "auto"),
+        "x fp8": lambda row: ratio(row, "fp8"),
         "spread": lambda row: _number(row.spread, ".1%"),
         "TTFT\ns": lambda row: _number(row.median_ttft_seconds, ".2f"),
         "cached": lambda row: _number(row.cached_prompt_fraction, ".0%"),
@@ -75,11 +87,27 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def draw(rows: Sequence[Row], path: Path) -> None:
-    """An svg with a line of panels for each GPU, model and flags: capacity, then tokens/s of each case.
+def _between(run: str, other: str) -> str:
+    """What marks a ratio: nothing within one run."""
+    return "" if run == other else "~"
 
-    A bar is annotated with its value over bf16's, or over fp8's where bf16 cannot hold the case; the black
-    line at its top is the spread of the repeats. ValueError if no row has a rate.
+
+class Bar(NamedTuple):
+    value: float
+    spread: float = 0.0
+    run: str = ""
+
+
+Bars = Mapping[str, Bar]
+"""By cache."""
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """An svg with lines of panels for each GPU, model and flags: capacity, then tokens/s of each case.
+
+    A bar is annotated with its value over bf16's, or over fp8's where bf16 cannot hold the case (the title
+    says so), with a `~` where the two are of different runs; the black line at its top is the spread of the
+    repeats. ValueError if no row has a rate.
     """
     import matplotlib
 
@@ -92,27 +120,31 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     }
     if not engines:
         raise ValueError("no row has a rate")
-    panels = {engine: [_capacity(own), *_rates(own)] for engine, own in engines.items()}
-    columns = max(map(len, panels.values()))
+    lines = [
+        (engine, panels[first : first + _COLUMNS])
+        for engine, panels in ((engine, [_capacity(own), *_rates(own)]) for engine, own in engines.items())
+        for first in range(0, len(panels), _COLUMNS)
+    ]
+    columns = max(len(panels) for _, panels in lines)
     figure, axes = pyplot.subplots(
-        len(panels), columns, figsize=(2.9 * columns, 3.0 * len(panels)), squeeze=False
+        len(lines), columns, figsize=(3.1 * columns, 2.6 * len(lines)), squeeze=False
     )
-    for line, ((gpu, model, settings), drawn) in zip(axes, panels.items(), strict=True):
-        for axis in line[len(drawn) :]:
+    for line, ((gpu, model, settings), panels) in zip(axes, lines, strict=True):
+        for axis in line[len(panels) :]:
             axis.set_visible(False)
-        for axis, (title, bars) in zip(line, drawn, strict=False):
-            baseline = next((bars[name][0] for name in BASELINES if name in bars), None)
-            for place, (cache, (value, spread)) in enumerate(bars.items()):
+        for axis, (title, bars) in zip(line, panels, strict=False):
+            baseline = next((name for name in BASELINES if name in bars), None)
+            for place, (cache, bar) in enumerate(bars.items()):
                 color = _COLORS.get(cache, _OWN_COLOR)
-                axis.bar(place, value, yerr=value * spread / 2, color=color, width=0.72, ecolor="black")
+                error = bar.value * bar.spread / 2
+                axis.bar(place, bar.value, yerr=error, color=color, width=0.72, ecolor="black")
                 if baseline:
-                    text = f"{value / baseline:.2f}x"
-                    axis.annotate(
-                        text, (place, value * (1 + spread / 2)), ha="center", va="bottom", fontsize=8
-                    )
+                    text = f"{_between(bar.run, bars[baseline].run)}{bar.value / bars[baseline].value:.2f}x"
+                    axis.annotate(text, (place, bar.value + error), ha="center", va="bottom", fontsize=7)
             names = [label(cache) for cache in bars]
             axis.set_xticks(range(len(bars)), names, rotation=35, ha="right", fontsize=8)
-            axis.set_title(title, fontsize=9)
+            over = f" (over {label(baseline)})" if baseline and baseline != BASELINES[0] else ""
+            axis.set_title(title + over, fontsize=9)
             axis.tick_params(axis="y", labelsize=7)
             axis.margins(y=0.12)
             axis.spines[["top", "right"]].set_visible(False)
@@ -124,12 +156,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     pyplot.close(figure)
 
 
-Bars = Mapping[str, tuple[float, float]]
-"""Value and relative spread by cache."""
-
-
 def _capacity(rows: Iterable[Row]) -> tuple[str, Bars]:
-    return "capacity, million tokens", {row.kv_cache_dtype: (row.capacity_tokens / 1e6, 0.0) for row in rows}
+    return "capacity, million tokens", {row.kv_cache_dtype: Bar(row.capacity_tokens / 1e6) for row in rows}
 
 
 def _rates(rows: Sequence[Row]) -> list[tuple[str, Bars]]:
@@ -138,7 +166,7 @@ def _rates(rows: Sequence[Row]) -> list[tuple[str, Bars]]:
         (
             f"{case}, tokens/s",
             {
-                row.kv_cache_dtype: (row.rate, row.spread or 0.0)
+                row.kv_cache_dtype: Bar(row.rate, row.spread or 0.0, row.date)
                 for row in rows
                 if row.case == case and row.rate
             },
