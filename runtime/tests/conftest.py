@@ -45,6 +45,7 @@ class Engine:
 
     def __init__(self, model: Path, kv_cache_dtype: str, **arguments: Any) -> None:
         from vllm import LLM
+        from vllm.v1.worker import workspace
 
         self.llm = LLM(
             **{
@@ -61,6 +62,8 @@ class Engine:
         self.config = self.llm.llm_engine.vllm_config
         core = self.llm.llm_engine.engine_core.engine_core
         self.scheduler, self.executor = core.scheduler, core.model_executor
+        # Experts write there. vLLM frees it as the next engine starts, but captured graphs go on writing.
+        self.workspace = workspace._manager
 
     @property
     def runner(self) -> Any:
@@ -145,15 +148,23 @@ class Engine:
 
 @pytest.fixture(scope="session")
 def start_engine() -> Iterator[Callable[..., Engine]]:
-    """Starts an engine, or gives the one that was started with the same arguments and model runner."""
+    """Starts an engine, or gives the one that was started with the same arguments and model runner.
+
+    One that offloads its cache does so until the next starts.
+    """
     engines: dict[str, Engine] = {}
 
     def start(model: Path, kv_cache_dtype: str, **arguments: Any) -> Engine:
+        from vllm import envs
+        from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
         from vllm.distributed.parallel_state import destroy_model_parallel
 
         runner = os.environ.get("VLLM_USE_V2_MODEL_RUNNER")
         key = repr((str(model), kv_cache_dtype, runner, sorted(arguments.items())))
         if key not in engines:
+            # The process's first engine leaves what it read of the environment, and where it offloads to.
+            envs.disable_envs_cache()
+            ensure_kv_transfer_shutdown()
             if arguments.get("distributed_executor_backend") != "mp":
                 # Otherwise vLLM keeps the groups of the process's first engine, which have none of experts.
                 destroy_model_parallel()
