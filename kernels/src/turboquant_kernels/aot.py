@@ -22,6 +22,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from turboquant_kernels.overlap import LEAST_CAPABILITY
+
 CAPABILITIES = (80, 90, 100)
 """The compute capabilities that are compiled for, times ten: Ampere, Hopper, Blackwell."""
 
@@ -51,11 +53,12 @@ class AotVariant:
     signature: Mapping[str, str]
     """Triton type of each run-time parameter: "*u8", "*bf16", "*i32", "i32", "i64", "fp32"."""
     constexprs: Mapping[str, Any] = field(default_factory=dict)
-    """Value of each other parameter; None and 1 too where the launcher passes them and Triton specializes."""
+    """Value of each other parameter; None and 1 too where the launcher passes them and Triton specializes.
+    Not of `OVERLAP`, which follows from the target: see `overlap`."""
     num_warps: int = 4
     num_stages: int = 3
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Further compiler options, such as maxnreg or launch_pdl."""
+    """Further compiler options, such as maxnreg."""
     divisible: tuple[str, ...] = ()
     """Integers that are multiples of 16 at run time, so that Triton specializes them. Pointers always are."""
     capabilities: tuple[int, ...] = CAPABILITIES
@@ -98,7 +101,10 @@ def compile_variant(variant: AotVariant, capability: int) -> Compiled:
     parameter once.
     """
     names = variant.kernel.arg_names
-    named = sorted([*variant.signature, *variant.constexprs])
+    constexprs, options = dict(variant.constexprs), dict(variant.options)
+    if "OVERLAP" in names:
+        constexprs["OVERLAP"] = options["launch_pdl"] = capability >= LEAST_CAPABILITY
+    named = sorted([*variant.signature, *constexprs])
     if named != sorted(names):
         wrong = sorted(set(named) ^ set(names)) or "a parameter named twice"
         raise ValueError(f"{variant.name}: signature and constexprs disagree with {variant.kernel}: {wrong}")
@@ -106,10 +112,10 @@ def compile_variant(variant: AotVariant, capability: int) -> Compiled:
     source = _source_type(variant.kernel)(
         fn=variant.kernel,
         signature={name: variant.signature.get(name, "constexpr") for name in names},
-        constexprs={(names.index(name),): value for name, value in variant.constexprs.items()},
+        constexprs={(names.index(name),): value for name, value in constexprs.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, **variant.options}
+    options |= {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
     begin = time.perf_counter()
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     seconds = time.perf_counter() - begin

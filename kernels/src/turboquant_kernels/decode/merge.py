@@ -8,16 +8,16 @@ bit.
 """
 
 from collections.abc import Iterator
-from functools import cache
 
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from turboquant_kernels.aot import AotVariant
 from turboquant_kernels.decode.logits import LOG2_E, NOTHING, SOMETHING
 from turboquant_kernels.formats import HEAD_DIMS
+from turboquant_kernels.overlap import overlaps
 
 
 def merge(
@@ -40,7 +40,7 @@ def merge(
     num_seqs = splits.shape[0]
     # As many splits at once as a sequence of average length has.
     at_once = min(triton.next_power_of_2(triton.cdiv(items, num_seqs)), 64)
-    overlap = not triton.knobs.runtime.interpret and _launches_early(attended.device)
+    overlap = overlaps(attended.device)
     _merge_kernel[tokens, q_heads](
         attended,
         partial,
@@ -62,12 +62,6 @@ def merge(
     )
 
 
-@cache
-def _launches_early(device: torch.device) -> bool:
-    """Whether a kernel can be launched before the one that it waits for has ended (sm_90 and newer)."""
-    return torch.cuda.get_device_capability(device) >= (9, 0)
-
-
 def variants() -> Iterator[AotVariant]:
     """Every head dimension, for few and for many splits."""
     pointers = {"attended": "*fp32", "partial": "*fp32", "stats": "*fp32", "splits": "*i32"}
@@ -87,7 +81,6 @@ def variants() -> Iterator[AotVariant]:
                     "D": head_dim,
                     "WIDTH": triton.next_power_of_2(head_dim),
                     "SPLITS": splits,
-                    "OVERLAP": False,
                 },
                 num_warps=4 if splits >= 16 else 2,
             )
@@ -104,13 +97,14 @@ def _merge_kernel(
     sequence = token // QUERY_LEN
     row = (token % QUERY_LEN) * GROUP + q_head % GROUP
     head = q_head // GROUP
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     first = tl.load(splits + 2 * sequence)
     count = tl.load(splits + 2 * sequence + 1)
     d = tl.arange(0, WIDTH)
     s = tl.arange(0, SPLITS)
 
-    if OVERLAP:
-        gdc_wait()  # for the kernel that writes partial and stats
     if sinks is None:
         maximum = NOTHING
         total = 0.0

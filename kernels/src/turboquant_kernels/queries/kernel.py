@@ -11,11 +11,13 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from turboquant_kernels.aot import AotVariant
 from turboquant_kernels.codebook import codebook
 from turboquant_kernels.codec import Codec
 from turboquant_kernels.formats import HEAD_DIMS
+from turboquant_kernels.overlap import overlaps
 from turboquant_kernels.queries.reference import MAX_QUERY, QuantizedQueries
 from turboquant_kernels.rotation_kernel import (
     device_signs,
@@ -52,6 +54,7 @@ def rotate_queries(codec: Codec, query: torch.Tensor, scale: float) -> Quantized
     if not tokens:
         return out
     constexprs = _specialization(head_dim)
+    overlap = overlaps(query.device)
     key_step = codebook(codec.fmt.key_code_bits, head_dim).step
     _rotate_queries[triton.cdiv(tokens, constexprs["ROWS"]), q_heads](
         query,
@@ -65,7 +68,9 @@ def rotate_queries(codec: Codec, query: torch.Tensor, scale: float) -> Quantized
         query.stride(0),
         query.stride(1),
         **constexprs,
+        OVERLAP=overlap,
         num_warps=_NUM_WARPS,
+        launch_pdl=overlap,
     )
     return out
 
@@ -82,6 +87,7 @@ def unrotate(codec: Codec, attended: torch.Tensor, out: torch.Tensor) -> torch.T
     if not tokens:
         return out
     constexprs = _specialization(head_dim, inverse=True)
+    overlap = overlaps(out.device)
     _unrotate[triton.cdiv(tokens, constexprs["ROWS"]), q_heads](
         attended,
         device_signs(head_dim, codec.seed, out.device),
@@ -92,7 +98,9 @@ def unrotate(codec: Codec, attended: torch.Tensor, out: torch.Tensor) -> torch.T
         out.stride(0),
         out.stride(1),
         **constexprs,
+        OVERLAP=overlap,
         num_warps=_NUM_WARPS,
+        launch_pdl=overlap,
     )
     return out
 
@@ -161,8 +169,12 @@ def _rotate_queries(
     INNER: tl.constexpr,
     NEGATIVE: tl.constexpr,
     ROWS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Grid: (tiles of ROWS tokens, query heads)."""
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     head = tl.program_id(1)
     valid = token < num_tokens
@@ -204,8 +216,11 @@ def _unrotate(
     INNER: tl.constexpr,
     NEGATIVE: tl.constexpr,  # of the transposed matrix
     ROWS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """x = diag(s) H.T y / sqrt(D). Grid: (tiles of ROWS tokens, query heads)."""
+    if OVERLAP:
+        gdc_wait()
     token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     valid = token < num_tokens

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from turboquant_kernels.aot import AotVariant
 from turboquant_kernels.codebook import MAX_BITS, codebook
@@ -27,6 +28,7 @@ from turboquant_kernels.formats import (
     Encoding,
     KVFormat,
 )
+from turboquant_kernels.overlap import overlaps
 from turboquant_kernels.packing import (
     KEY_RESIDUAL_NORM,
     KEY_SCALE,
@@ -94,6 +96,7 @@ def store(
         return
     constexprs = _specialization(codec.fmt, codec.head_dim)
     prod = codec.fmt.encoding is Encoding.PROD
+    overlap = overlaps(key.device)
     grid = (triton.cdiv(num_tokens, constexprs["ROWS"]), kv_heads, 2)
     _store_kernel[grid](
         key,
@@ -111,7 +114,9 @@ def store(
         value.stride(0),
         value.stride(1),
         **constexprs,
+        OVERLAP=overlap,
         num_warps=_NUM_WARPS,
+        launch_pdl=overlap,
     )
 
 
@@ -220,8 +225,12 @@ def _store_kernel(
     SCALES_PER_TOKEN: tl.constexpr,
     SLOT_BYTES: tl.constexpr,
     ANCHOR: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Grid: (tiles of ROWS tokens, KV heads, keys and values)."""
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     head = tl.program_id(1)
     valid = token < num_tokens
