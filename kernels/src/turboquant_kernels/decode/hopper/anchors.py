@@ -125,8 +125,6 @@ def store_logits(
 
     queries: any float, from the KV head's first query head on; `token` is the sequence's first query token.
     """
-    # All warps have done with the logits of the run before.
-    gl.thread_barrier()
     A: gl.constexpr = gl.DotOperandLayout(0, mma, 8)
     B: gl.constexpr = gl.DotOperandLayout(1, mma, 8)
     vector = _vectors_of_run(

@@ -34,12 +34,10 @@ from turboquant_kernels.decode.hopper.epilogue import merge_warps, share_rows, s
 from turboquant_kernels.decode.hopper.merge import merge_splits, store_alone, store_zeros
 from turboquant_kernels.decode.hopper.operands import (
     blocks_of,
-    bytes_of_words,
     key_operand,
-    load_queries,
+    load_operands,
     load_shared_queries,
     load_table,
-    share_queries,
 )
 from turboquant_kernels.decode.hopper.pages import find_blocks, offset_of, pages_of_tile
 from turboquant_kernels.decode.hopper.ring import (
@@ -53,24 +51,15 @@ from turboquant_kernels.decode.hopper.ring import (
     wait,
 )
 from turboquant_kernels.decode.hopper.values import (
-    MAGIC,
+    WEIGHT_ONE,
     add_sums,
     no_attended,
     sum_values,
     value_operand,
-    weight_operand,
+    weights_of,
 )
 from turboquant_kernels.decode.logits import LOG2_E, NOTHING
 
-WEIGHT_ONE = gl.constexpr(32512.0)
-"""Fixed-point weight of the largest token: 127 * 256, so that both halves are int8."""
-
-# Two tokens' fixed-point weights of one row -> their high and low bytes as two 16-bit elements, transposed
-# across the warp so that lanes hold tokens where they held rows. The low byte is made signed.
-_WEIGHTS = gl.constexpr(
-    "{ .reg .b32 y; prmt.b32 y, $1, $2, 0x4051; xor.b32 y, y, 0x80800000;"
-    " movmatrix.sync.aligned.m8n8.trans.b16 $0, y; }"
-)
 _LOG2 = gl.constexpr("lg2.approx.ftz.f32 $0, $1;")
 
 
@@ -107,6 +96,76 @@ def _products(
         products = mma_v2(k8, q8, products)
     high, low = gl.split(gl.reshape(products, [W, P * 16, R, 2]))
     return (high * 256 + low).to(gl.float32)
+
+
+@gluon.jit
+def _load_rows(
+    query_scale,
+    query_half_sum,
+    first_token,
+    first_row,
+    total_rows,
+    first_head,
+    q_heads: gl.constexpr,
+    before,
+    G: gl.constexpr,
+    W: gl.constexpr,
+    R: gl.constexpr,
+    ROW: gl.constexpr,
+):
+    """What is known of each row, [W, R]: its query's scale, its half sum times that, and the last position
+    that it sees: row i of n query tokens sees up to `before` + i, where `before` is the length less n."""
+    row = first_row + gl.arange(0, R, gl.SliceLayout(0, ROW))
+    used = row < total_rows
+    query_token = row // G
+    q_index = (first_token + query_token) * q_heads + first_head + row % G
+    no_warp = (gl.arange(0, W, gl.SliceLayout(1, ROW)) * 0)[:, None]
+    there = used[None, :] & (no_warp == 0)
+    scale = gl.load(query_scale + q_index[None, :] + no_warp, mask=there, other=0.0)
+    half_sum = gl.load(query_half_sum + q_index[None, :] + no_warp, mask=there, other=0.0) * scale
+    last = (before + query_token)[None, :] + no_warp
+    return scale, half_sum, last
+
+
+@gluon.jit
+def _attend(
+    tile,
+    registers,
+    weights,
+    attended,
+    decay,
+    W: gl.constexpr,
+    P: gl.constexpr,
+    R: gl.constexpr,
+    D: gl.constexpr,
+    BITS: gl.constexpr,
+    ASM: gl.constexpr,
+    LARGEST: gl.constexpr,
+    AT: gl.constexpr,
+    PAGE_WORDS: gl.constexpr,
+    mma: gl.constexpr,
+):
+    """attended * decay + the tile's values, which begin at word AT of a page, times their weights: one
+    float32 [W, coordinates, R] for each block of at most LARGEST coordinates and piece of it."""
+    BLOCKS: gl.constexpr = blocks_of(D, LARGEST)
+    PIECES: gl.constexpr = len(weights)
+    A: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
+    result = ()
+    for i in gl.static_range(len(BLOCKS)):
+        packed = load_values(tile, W, P, BITS, D, BLOCKS[i], i * LARGEST, AT, PAGE_WORDS)
+        v = value_operand(packed, registers, W, P, BITS, BLOCKS[i], ASM, A)
+        if R == 4:
+            # The products of both pieces first is faster where their sums take few registers.
+            sums = ()
+            for piece in gl.static_range(PIECES):
+                sums = sums + (sum_values(attended[PIECES * i + piece], v, weights[piece], mma),)
+            for piece in gl.static_range(PIECES):
+                result = result + (add_sums(attended[PIECES * i + piece], decay, sums[piece]),)
+        else:
+            for piece in gl.static_range(PIECES):
+                x = attended[PIECES * i + piece]
+                result = result + (add_sums(x, decay, sum_values(x, v, weights[piece], mma)),)
+    return result
 
 
 @gluon.jit
@@ -198,7 +257,6 @@ def decode_kernel(
     mma: gl.constexpr = gl.NVMMADistributedLayout(
         version=[2, 0], warps_per_cta=[W, 1, 1], instr_shape=[1, 16, 8]
     )
-    A: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
     B: gl.constexpr = gl.DotOperandLayout(1, mma, 4)
     item = gl.program_id(0)
     sequence = gl.load(items + 4 * item)
@@ -244,13 +302,8 @@ def decode_kernel(
     for stage in gl.static_range(STAGES):
         page = pages_of_tile(first_page + stage * (W * P), end_page, W, P)
         blocks = blocks + (find_blocks(table_row, page, PAGES_OF_BLOCK, OFFSET),)
-    ring, arrivals = make_ring(W, P, PAGE_WORDS)
-    for stage in gl.static_range(STAGES):
-        page = pages_of_tile(first_page + stage * (W * P), end_page, W, P)
-        offset = offset_of(blocks[stage], page, block_stride, PAGES_OF_BLOCK, ALL_HEADS)
-        to = ring + stage * (P * PAGE_WORDS * 4)
-        fill(to, arrivals + stage * 8, pages_at + offset, tiles > stage, W, P, PAGE_WORDS, EVICT_FIRST)
     if ANCHOR:
+        # Ahead of the pages, which take longer to come than the logits to be made.
         anchors = kv_cache + PAGES_OF_BLOCK * ALL_HEADS + head * (D // 2)
         prefetch_anchors(
             anchors,
@@ -264,27 +317,30 @@ def decode_kernel(
             PAGES_OF_BLOCK,
             OFFSET,
         )
+    ring, arrivals = make_ring(W, P, PAGE_WORDS)
+    for stage in gl.static_range(STAGES):
+        page = pages_of_tile(first_page + stage * (W * P), end_page, W, P)
+        offset = offset_of(blocks[stage], page, block_stride, PAGES_OF_BLOCK, ALL_HEADS)
+        to = ring + stage * (P * PAGE_WORDS * 4)
+        fill(to, arrivals + stage * 8, pages_at + offset, tiles > stage, W, P, PAGE_WORDS, EVICT_FIRST)
 
-    # Queries: int8 [tokens, q_heads, 2, D]; column 2 r of the operand is the high half of row r.
-    column = gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(1, B)))[None, None, :]
-    row = group * R + column // 2
-    token = sequence * query_len + row // G
-    query_head = head * G + row % G
-    q_row = ((token * (KV_HEADS * G) + query_head) * 2 + column % 2) * D
-    # Zeros that give a tensor its dimension of warps, each of which holds a copy.
-    no_warp = gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, B)))[:, None, None] * 0
-    q = ()
-    used = row < total_rows
-    for i in gl.static_range(len(KEY_BLOCKS)):
-        if SHARED_QUERIES:
-            part = load_queries(queries + i * 128, q_row, used, KEY_BITS, KEY_BLOCKS[i], D - i * 128, B)
-            share_queries(memory.index(RING_ROWS + i), part, W, N, KEY_BLOCKS[i])
-        else:
-            of_warp = used & (no_warp == 0)
-            at = queries + i * 128
-            q = q + (load_queries(at, q_row + no_warp, of_warp, KEY_BITS, KEY_BLOCKS[i], D - i * 128, B),)
-    if SHARED_QUERIES:
-        gl.thread_barrier()
+    q = load_operands(
+        queries,
+        memory,
+        RING_ROWS,
+        sequence * query_len,
+        group * R,
+        total_rows,
+        head * G,
+        KV_HEADS * G,
+        G,
+        W,
+        R,
+        D,
+        KEY_BITS,
+        SHARED_QUERIES,
+        B,
+    )
     key_registers = load_table(tables, KEY_REGISTERS, W, P)
     value_registers = load_table(tables + 32 * KEY_REGISTERS, VALUE_REGISTERS, W, P)
 
@@ -292,22 +348,20 @@ def decode_kernel(
     high, _ = gl.split(gl.reshape(products, [W, T, R, 2]))
     S: gl.constexpr = high.type.layout  # [W, T, R]
     ROW: gl.constexpr = gl.SliceLayout(1, S)  # [W, R]
-    row = group * R + gl.arange(0, R, gl.SliceLayout(0, ROW))
-    used = row < total_rows
-    query_token = row // G
-    q_index = (sequence * query_len + query_token) * (KV_HEADS * G) + head * G + row % G
-    no_warp2 = (gl.arange(0, W, gl.SliceLayout(1, ROW)) * 0)[:, None]
-    scale = gl.load(
-        query_scale + q_index[None, :] + no_warp2, mask=(used[None, :] & (no_warp2 == 0)), other=0.0
+    scale, half_sum, last = _load_rows(
+        query_scale,
+        query_half_sum,
+        sequence * query_len,
+        group * R,
+        total_rows,
+        head * G,
+        KV_HEADS * G,
+        seq_len - query_len,
+        G,
+        W,
+        R,
+        ROW,
     )
-    half_sum = (
-        gl.load(
-            query_half_sum + q_index[None, :] + no_warp2, mask=(used[None, :] & (no_warp2 == 0)), other=0.0
-        )
-        * scale
-    )
-    # Row i of n query tokens sees positions up to seq_len - n + i.
-    last = (seq_len - query_len + query_token)[None, :] + no_warp2
     seen_by_all = seq_len - query_len + 1
 
     maximum = gl.full([W, R], NOTHING, gl.float32, ROW)
@@ -330,6 +384,9 @@ def decode_kernel(
     for tile in range(tiles):
         if ANCHOR:
             if tile % RUN == 0:
+                if tile > 0:
+                    # All warps have done with the logits of the run before.
+                    gl.thread_barrier()
                 store_logits(
                     memory.index(RING_ROWS + QUERY_ROWS),
                     anchors,
@@ -408,46 +465,24 @@ def decode_kernel(
             gl.reshape(gl.exp2(s - new_maximum[:, None, :]), [W, 2 * P, 8, R]), axis=1
         )
         weight_sum = weight_sum * lane_decay + gl.sum(gl.reshape(p, [W, 2 * P, 8, R]), axis=1)
-        fixed = p * WEIGHT_ONE + (MAGIC + 128.0)
-
-        p0, p1 = gl.split(
-            gl.permute(gl.reshape(fixed.to(gl.int32, bitcast=True), [W, P, 2, 8, R]), [0, 1, 3, 4, 2])
+        weights = weights_of(p, W, P, R, B, PIECES == 2)
+        attended = _attend(
+            ready,
+            value_registers,
+            weights,
+            attended,
+            decay,
+            W,
+            P,
+            R,
+            D,
+            VALUE_BITS,
+            VALUE_ASM,
+            VALUE_BLOCK,
+            D * KEY_BITS // 2,
+            PAGE_WORDS,
+            mma,
         )
-        if R == 8:
-            p0 = gl.permute(gl.reshape(p0, [W, P, 8, 2, 4]), [0, 1, 3, 2, 4])
-            p1 = gl.permute(gl.reshape(p1, [W, P, 8, 2, 4]), [0, 1, 3, 2, 4])
-        moved = gl.inline_asm_elementwise(_WEIGHTS, "=r,r,r", [p0, p1], dtype=gl.int32, is_pure=True, pack=1)
-        moved = bytes_of_words(gl.reshape(moved, [W, P * R // 4, 32, 1]), W, P * R // 4, 1)
-        weights = weight_operand(moved, W, P, R, B, PIECES == 2)
-
-        new_attended = ()
-        for i in gl.static_range(len(VALUE_BLOCKS)):
-            packed = load_values(
-                ready,
-                W,
-                P,
-                VALUE_BITS,
-                D,
-                VALUE_BLOCKS[i],
-                i * VALUE_BLOCK,
-                D * KEY_BITS // 2,
-                PAGE_WORDS,
-            )
-            v = value_operand(packed, value_registers, W, P, VALUE_BITS, VALUE_BLOCKS[i], VALUE_ASM, A)
-            if R == 4:
-                # The products of both pieces first is faster where their sums take few registers.
-                sums = ()
-                for piece in gl.static_range(PIECES):
-                    sums = sums + (sum_values(attended[PIECES * i + piece], v, weights[piece], mma),)
-                for piece in gl.static_range(PIECES):
-                    new_attended = new_attended + (
-                        add_sums(attended[PIECES * i + piece], decay, sums[piece]),
-                    )
-            else:
-                for piece in gl.static_range(PIECES):
-                    x = attended[PIECES * i + piece]
-                    new_attended = new_attended + (add_sums(x, decay, sum_values(x, v, weights[piece], mma)),)
-        attended = new_attended
         offset = offset_of(block, page, block_stride, PAGES_OF_BLOCK, ALL_HEADS)
         fill(ready, arrival, pages_at + offset, tile + STAGES < tiles, W, P, PAGE_WORDS, EVICT_FIRST)
         stage += 1

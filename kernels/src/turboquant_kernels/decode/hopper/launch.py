@@ -16,8 +16,9 @@ from turboquant_kernels.aot import AotVariant
 from turboquant_kernels.codebook import codebook
 from turboquant_kernels.codec import Codec
 from turboquant_kernels.decode.hopper.fragments import WORD_SHIFT, fragment, level_table, table_registers
-from turboquant_kernels.decode.hopper.kernel import WEIGHT_ONE, decode_kernel
+from turboquant_kernels.decode.hopper.kernel import decode_kernel
 from turboquant_kernels.decode.hopper.operands import blocks_of
+from turboquant_kernels.decode.hopper.values import WEIGHT_ONE
 from turboquant_kernels.formats import ANCHOR_TOKENS, PAGE_TOKENS, Encoding, KVFormat
 from turboquant_kernels.packing import PLANES
 from turboquant_kernels.queries.reference import QuantizedQueries

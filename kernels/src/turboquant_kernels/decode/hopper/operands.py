@@ -206,7 +206,7 @@ def key_operand(
 
 
 @gluon.jit
-def load_queries(
+def _load_queries(
     queries,
     q_row,
     seen,
@@ -248,7 +248,7 @@ def _query_word_layout(warps, chunks):
 
 
 @gluon.jit
-def share_queries(memory, q, W: gl.constexpr, N: gl.constexpr, BLOCK: gl.constexpr):
+def _share_queries(memory, q, W: gl.constexpr, N: gl.constexpr, BLOCK: gl.constexpr):
     """Puts the operand of a block, int8 [1, BLOCK, N], into shared memory of as many bytes.
 
     For kernels that need its registers for other things: each warp reads it again for each tile, 16 bytes a
@@ -264,10 +264,54 @@ def share_queries(memory, q, W: gl.constexpr, N: gl.constexpr, BLOCK: gl.constex
 
 
 @gluon.jit
+def load_operands(
+    queries,
+    memory,
+    ROWS_BEFORE: gl.constexpr,
+    first_token,
+    first_row,
+    total_rows,
+    first_head,
+    q_heads: gl.constexpr,
+    G: gl.constexpr,
+    W: gl.constexpr,
+    R: gl.constexpr,
+    D: gl.constexpr,
+    BITS: gl.constexpr,
+    SHARED: gl.constexpr,
+    B: gl.constexpr,
+):
+    """Queries, int8 [tokens, q_heads, 2, D], as operands: int8 [W, coordinates, 2 R] for each block of
+    coordinates, whose column 2 r is the high half of row r. With SHARED they go to rows of shared memory from
+    ROWS_BEFORE on instead."""
+    BLOCKS: gl.constexpr = blocks_of(D, 128)
+    column = gl.arange(0, 2 * R, gl.SliceLayout(0, gl.SliceLayout(1, B)))[None, None, :]
+    row = first_row + column // 2
+    token = first_token + row // G
+    query_head = first_head + row % G
+    q_row = ((token * q_heads + query_head) * 2 + column % 2) * D
+    # Zeros that give a tensor its dimension of warps, each of which holds a copy.
+    no_warp = gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, B)))[:, None, None] * 0
+    q = ()
+    used = row < total_rows
+    for i in gl.static_range(len(BLOCKS)):
+        if SHARED:
+            part = _load_queries(queries + i * 128, q_row, used, BITS, BLOCKS[i], D - i * 128, B)
+            _share_queries(memory.index(ROWS_BEFORE + i), part, W, 2 * R, BLOCKS[i])
+        else:
+            of_warp = used & (no_warp == 0)
+            at = queries + i * 128
+            q = q + (_load_queries(at, q_row + no_warp, of_warp, BITS, BLOCKS[i], D - i * 128, B),)
+    if SHARED:
+        gl.thread_barrier()
+    return q
+
+
+@gluon.jit
 def load_shared_queries(
     AT: gl.constexpr, W: gl.constexpr, N: gl.constexpr, BLOCK: gl.constexpr, B: gl.constexpr
 ):
-    """The operand that `share_queries` put at byte AT of shared memory: int8 [W, BLOCK, N]."""
+    """The operand that `_share_queries` put at byte AT of shared memory: int8 [W, BLOCK, N]."""
     CHUNKS: gl.constexpr = BLOCK * N // 512
     Q: gl.constexpr = _query_word_layout(W, CHUNKS)
     L: gl.constexpr = gl.SliceLayout(3, gl.SliceLayout(4, Q))

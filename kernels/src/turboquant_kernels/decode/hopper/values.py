@@ -17,12 +17,21 @@ from turboquant_kernels.decode.hopper.operands import (
     spread,
 )
 
-MAGIC = gl.constexpr(12582912.0)
+WEIGHT_ONE = gl.constexpr(32512.0)
+"""Fixed-point weight of the largest token: 127 * 256, so that both halves are int8."""
+
+_MAGIC = gl.constexpr(12582912.0)
 """1.5 * 2**23: a float32 above it holds an integer in its low bits."""
 _MAGIC_BITS = gl.constexpr(0x4B400000)
 _MAGIC_HIGH = gl.constexpr(3221225472.0)
 """1.5 * 2**31: a float32 above it holds a multiple of 256 in its low bits."""
 _MAGIC_HIGH_BITS = gl.constexpr(0x4F400000)
+# Two tokens' fixed-point weights of one row -> their high and low bytes as two 16-bit elements, transposed
+# across the warp so that lanes hold tokens where they held rows. The low byte is made signed.
+_TRANSPOSED = gl.constexpr(
+    "{ .reg .b32 y; prmt.b32 y, $1, $2, 0x4051; xor.b32 y, y, 0x80800000;"
+    " movmatrix.sync.aligned.m8n8.trans.b16 $0, y; }"
+)
 # Four tokens' weights -> two registers of two, with a zero after, and before, each.
 _LOW_WEIGHTS = gl.constexpr("{ prmt.b32 $0, $2, 0, 0x4140; prmt.b32 $1, $2, 0, 0x4342; }")
 _HIGH_WEIGHTS = gl.constexpr("{ prmt.b32 $0, $2, 0, 0x1404; prmt.b32 $1, $2, 0, 0x3424; }")
@@ -106,7 +115,22 @@ def value_operand(
 
 
 @gluon.jit
-def weight_operand(
+def weights_of(p, W: gl.constexpr, P: gl.constexpr, R: gl.constexpr, B: gl.constexpr, ZEROS: gl.constexpr):
+    """Weights of 0 to 1, float32 [W, 16 P tokens, R], in fixed point, as a tuple of `_weight_operand`."""
+    fixed = p * WEIGHT_ONE + (_MAGIC + 128.0)
+    p0, p1 = gl.split(
+        gl.permute(gl.reshape(fixed.to(gl.int32, bitcast=True), [W, P, 2, 8, R]), [0, 1, 3, 4, 2])
+    )
+    if R == 8:
+        p0 = gl.permute(gl.reshape(p0, [W, P, 8, 2, 4]), [0, 1, 3, 2, 4])
+        p1 = gl.permute(gl.reshape(p1, [W, P, 8, 2, 4]), [0, 1, 3, 2, 4])
+    moved = gl.inline_asm_elementwise(_TRANSPOSED, "=r,r,r", [p0, p1], dtype=gl.int32, is_pure=True, pack=1)
+    moved = bytes_of_words(gl.reshape(moved, [W, P * R // 4, 32, 1]), W, P * R // 4, 1)
+    return _weight_operand(moved, W, P, R, B, ZEROS)
+
+
+@gluon.jit
+def _weight_operand(
     moved, W: gl.constexpr, P: gl.constexpr, R: gl.constexpr, B: gl.constexpr, ZEROS: gl.constexpr
 ):
     """Transposed weights, int32 [W, P * R / 4, 32, 1, 4] -> int8 [W, 16 P tokens, 2 R].
@@ -153,7 +177,7 @@ def add_sums(attended, decay, sums):
     shape: gl.constexpr = [attended.shape[0], attended.shape[1], attended.shape[2], 2]
     high, low = gl.split(gl.reshape(sums.to(gl.float32, bitcast=True), shape))
     decay = gl.convert_layout(decay, gl.SliceLayout(1, high.type.layout), assert_trivial=True)[:, None, :]
-    return attended * decay + ((high - (_MAGIC_HIGH + MAGIC)) + low)
+    return attended * decay + ((high - (_MAGIC_HIGH + _MAGIC)) + low)
 
 
 @gluon.jit
