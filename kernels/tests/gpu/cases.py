@@ -14,7 +14,6 @@ from typing import TypeVar
 
 import torch
 
-from turboquant_kernels.bench import oracle
 from turboquant_kernels.bench.caches import DecodeStep, empty_cache, random_step
 from turboquant_kernels.codec import Codec
 from turboquant_kernels.decode import hopper
@@ -27,7 +26,8 @@ from turboquant_kernels.formats import (
     Encoding,
     KVFormat,
 )
-from turboquant_kernels.packing import KEY_SCALE, pages_of
+from turboquant_kernels.packing import pages_of
+from turboquant_kernels.store.reference import store
 
 T = TypeVar("T")
 
@@ -342,18 +342,19 @@ def memory_of(kv_cache: torch.Tensor) -> torch.Tensor:
 
 
 def _plant_needle(step: DecodeStep, lengths: Sequence[int], draw: random.Random) -> None:
-    """Makes one token's score 12 to 22 in size for one query head, far from all others, by its key scale.
+    """Stores a token whose key points along the query of one head: a score of 12 to 22, far from all others.
 
-    Of a random page of one KV head it is the token with the largest score.
+    A key that is large instead of well turned asks more of all heads that it does not concern than queries of
+    16 bits have: the rounding of a score grows with both norms, and with no large score the token has a say.
     """
     sequence = draw.choice([i for i, length in enumerate(lengths) if length])
-    block_entry, offset = divmod(draw.randrange(lengths[sequence]), step.kv_cache.shape[1])
-    page = offset // PAGE_TOKENS
-    pages = pages_of(step.kv_cache, step.codec.layout)[step.block_table[sequence, block_entry], page]
-    key, _ = oracle.decompress(step.codec, pages[None])
-    query = step.query[sequence * step.query_len].double() @ oracle.rotation(step.codec, step.query.device).T
-    scores = (key[0] @ query[0] * step.scale).nan_to_num(0.0)
-    token = int(scores.abs().argmax())
-    scales = step.codec.layout.scales.of(pages).view(torch.float16)[0, token]
-    factor = draw.uniform(12, 22) / max(float(scores[token].abs()), 1e-3)
-    scales[KEY_SCALE] = min(float(scales[KEY_SCALE]) * factor, 1e4)
+    _, block_size, kv_heads, _ = step.kv_cache.shape
+    entry, offset = divmod(draw.randrange(lengths[sequence]), block_size)
+    block = memory_of(step.kv_cache)[step.block_table[sequence, entry]]
+    query = step.query[sequence * step.query_len, 0].cpu().double()
+    key, value = torch.randn(2, 1, kv_heads, step.codec.head_dim)
+    key[0, 0] = query * (draw.uniform(12, 22) / step.scale / query.square().sum())
+    stored = empty_cache(step.codec, 1, block_size, kv_heads, torch.device("cpu"))
+    memory_of(stored)[0] = block.cpu()
+    store(step.codec, key, value, stored, torch.tensor([offset]))
+    block.copy_(memory_of(stored)[0])
