@@ -12,8 +12,6 @@ What a step needs beside that (the decode's schedule, the prefill's tiles) the f
 others share. Nothing waits for the device.
 """
 
-import logging
-from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -39,8 +37,6 @@ from turboquant_runtime.backends.step import (
     decode_limit,
     step_of,
 )
-
-logger = logging.getLogger("vllm.turboquant")
 
 
 class CompressedCUDABackend(CompressedBackend):
@@ -83,14 +79,6 @@ class CompressedCUDAMetadataBuilder(AttentionMetadataBuilder[CompressedCUDAMetad
         return step_of(common_attn_metadata, self._limit, self.device)
 
 
-@cache
-def _warn_of_sinks() -> None:
-    logger.warning(
-        "This model has attention sinks, whose answers from compressed pages on a GPU differ from those of "
-        "vLLM's own cache by more than quantization explains: --kv-cache-dtype auto is the safe choice."
-    )
-
-
 class CompressedCUDAImpl(CompressedImpl):
     """One attention layer, served by the kernels."""
 
@@ -98,8 +86,6 @@ class CompressedCUDAImpl(CompressedImpl):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.sinks is not None:
-            _warn_of_sinks()
         self._attend: Attend = flash_attention(self.head_size)
 
     def forward(
