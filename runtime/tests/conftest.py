@@ -156,15 +156,18 @@ def start_engine() -> Iterator[Callable[..., Engine]]:
 
     def start(model: Path, kv_cache_dtype: str, **arguments: Any) -> Engine:
         from vllm import envs
+        from vllm.compilation.monitor import set_cudagraph_capturing_enabled
         from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
         from vllm.distributed.parallel_state import destroy_model_parallel
 
         runner = os.environ.get("VLLM_USE_V2_MODEL_RUNNER")
         key = repr((str(model), kv_cache_dtype, runner, sorted(arguments.items())))
         if key not in engines:
-            # The process's first engine leaves what it read of the environment, and where it offloads to.
+            # Earlier engines leave what they read of the environment, where they offload to, and that no more
+            # graphs are captured.
             envs.disable_envs_cache()
             ensure_kv_transfer_shutdown()
+            set_cudagraph_capturing_enabled(True)
             if arguments.get("distributed_executor_backend") != "mp":
                 # Otherwise vLLM keeps the groups of the process's first engine, which have none of experts.
                 destroy_model_parallel()
