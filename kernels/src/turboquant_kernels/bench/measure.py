@@ -6,7 +6,8 @@ cannot run here is None in its rows, and the run says why.
 
 import datetime
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
@@ -102,13 +103,17 @@ class Benchmark:
         )
 
     def _guarded(self, task: Task) -> None:
-        """One measurement that fails leaves the others."""
-        try:
-            with self._compiling:
-                task.run()
-        except Exception as error:  # of a compiler, a kernel or a library
-            self._unmeasured[task.label] = _reason(error)
+        with self._unless_it_fails(task.label), self._compiling:
+            task.run()
         torch.cuda.empty_cache()
+
+    @contextmanager
+    def _unless_it_fails(self, label: str) -> Iterator[None]:
+        """One measurement that fails, as where another project is absent, leaves the others."""
+        try:
+            yield
+        except Exception as error:  # of a compiler, a kernel or a library
+            self._unmeasured[label] = _reason(error)
 
     def _copy(self) -> None:
         self._copy_bandwidth = clocks.copy_bandwidth(self.device)
@@ -117,13 +122,11 @@ class Benchmark:
         fields = (f"{name}_ms", f"{name}_graph_ms")
         cache_bytes = shape.batch * shape.context * shape.kv_heads
         cache_bytes *= COMPETITORS[name].token_bytes(shape.head_dim)
-        try:
+        times: list[float | None] = [None, None]
+        with self._unless_it_fails(f"{name}, {shape}"):
             count = clocks.cache_count(cache_bytes)
             calls = [competitors.PREPARE[name](shape, self.device) for _ in range(count)]
-            times = (clocks.do_bench_ms(calls[0]), clocks.rotating_ms(calls))
-        except Exception as error:  # whatever another project raises where it is absent or does not fit
-            self._unmeasured[f"{name}, {shape}"] = _reason(error)
-            times = (None, None)
+            times = [clocks.do_bench_ms(calls[0]), clocks.rotating_ms(calls)]
         self._competitors |= dict(zip(fields, times, strict=True))
 
     def _measure(self, shape: Shape, name: str) -> None:
@@ -212,11 +215,9 @@ class Benchmark:
 
     def _head_dim(self, shape: Shape, codec: Codec) -> None:
         step = equal_step(codec, shape, self.device)
-        try:
+        theirs: float | None = None
+        with self._unless_it_fails(f"fa3_bf16, head_dim {shape.head_dim}"):
             theirs = clocks.do_bench_ms(competitors.PREPARE["fa3_bf16"](shape, self.device))
-        except Exception as error:  # as in `_compete`
-            self._unmeasured[f"fa3_bf16, head_dim {shape.head_dim}"] = _reason(error)
-            theirs = None
         self._extra["head_dims"].append(
             {
                 "head_dim": shape.head_dim,
