@@ -88,11 +88,13 @@ CASES = {
     "D 96, k5v3": Case(**ALONE, fmt="tq-k5v3", head_dim=96),
     "D 192, k4v4, 8 rows": Case((700,), head_dim=192, group=8),
     "D 192, k3v3": Case((700,), "tq-k3v3", 192),
+    "D 256, 4 rows": Case(**ALONE, head_dim=256, group=2),
     "D 256, 8 rows": Case((700,), head_dim=256, group=8, splits=2),
     "D 256, k5v3": Case((700,), "tq-k5v3", 256),
     "anchors": Case((700, 20), anchor=True, block_size=128, kv_heads=2, splits=3),
     "anchors, k3v3, 8 rows": Case((700,), "tq-k3v3", anchor=True, block_size=256, group=8),
     "anchors, D 96": Case((400,), head_dim=96, anchor=True, block_size=128),
+    "anchors, D 256": Case((400,), head_dim=256, group=2, anchor=True, block_size=128),
     "anchors, D 192": Case((400,), head_dim=192, anchor=True, block_size=128),
     "anchors, window": Case(
         (700,), anchor=True, block_size=128, query_len=2, group=2, splits=2, options={"window": 250}

@@ -150,7 +150,8 @@ class Engine:
 def start_engine() -> Iterator[Callable[..., Engine]]:
     """Starts an engine, or gives the one that was started with the same arguments and model runner.
 
-    One that offloads its cache does so until the next starts.
+    The next start takes from an earlier engine that it offloads its cache, and for steps outside of captured
+    graphs its experts' workspace.
     """
     engines: dict[str, Engine] = {}
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from turboquant_kernels.overlap import LEAST_CAPABILITY
@@ -95,16 +95,27 @@ def shipped() -> Iterator[AotVariant]:
 
 
 def compile_variant(variant: AotVariant, capability: int) -> Compiled:
-    """Compiles for sm_<capability>, without a GPU.
+    """Compiles for sm_<capability>, without a GPU; raises as `build`."""
+    begin = time.perf_counter()
+    kernel = build(variant, capability)
+    seconds = time.perf_counter() - begin
+    registers, stack, instructions = _inspect(kernel.asm["cubin"])
+    return Compiled(variant.name, capability, registers, stack, kernel.metadata.shared, instructions, seconds)
+
+
+def build(variant: AotVariant, capability: int) -> CompiledKernel:
+    """Triton's result for sm_<capability>, with its PTX and cubin in `asm`.
 
     Raises what Triton raises, and ValueError where signature and constexprs together do not name every
     parameter once.
     """
     names = variant.kernel.arg_names
     constexprs, options = dict(variant.constexprs), dict(variant.options)
+    named = [*variant.signature, *constexprs]
     if "OVERLAP" in names:
+        named.append("OVERLAP")
         constexprs["OVERLAP"] = options["launch_pdl"] = capability >= LEAST_CAPABILITY
-    named = sorted([*variant.signature, *constexprs])
+    named.sort()
     if named != sorted(names):
         wrong = sorted(set(named) ^ set(names)) or "a parameter named twice"
         raise ValueError(f"{variant.name}: signature and constexprs disagree with {variant.kernel}: {wrong}")
@@ -115,12 +126,8 @@ def compile_variant(variant: AotVariant, capability: int) -> Compiled:
         constexprs={(names.index(name),): value for name, value in constexprs.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options |= {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
-    begin = time.perf_counter()
-    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    seconds = time.perf_counter() - begin
-    registers, stack, instructions = _inspect(kernel.asm["cubin"])
-    return Compiled(variant.name, capability, registers, stack, kernel.metadata.shared, instructions, seconds)
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages} | options
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def _source_type(kernel: JITFunction) -> type[ASTSource]:

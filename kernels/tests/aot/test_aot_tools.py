@@ -1,6 +1,7 @@
 """The compiler front of `turboquant_kernels.aot`, on kernels made for it."""
 
 import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -12,8 +13,9 @@ import dataclasses, json
 import triton
 import triton.language as tl
 from triton.experimental import gluon
+from triton.language.extra.cuda import gdc_wait
 from triton.experimental.gluon import language as gl
-from turboquant_kernels.aot import AotVariant, compile_variant
+from turboquant_kernels.aot import AotVariant, build, compile_variant, shipped
 
 @triton.jit
 def scale(source, target, n, factor: tl.constexpr, BLOCK: tl.constexpr):
@@ -37,6 +39,12 @@ def reverse(source, target, BLOCK: tl.constexpr):
     x = tl.load(source + i)
     tl.store(target + i, tl.cumsum(x, reverse=True) + x)
 
+@triton.jit
+def early(source, target, OVERLAP: tl.constexpr):
+    if OVERLAP:
+        gdc_wait()
+    tl.store(target, tl.load(source))
+
 POINTERS = {"source": "*fp32", "target": "*fp32"}
 variants = [
     AotVariant("triton", scale, {**POINTERS, "n": "i32"}, {"factor": 3.0, "BLOCK": 128}),
@@ -45,6 +53,7 @@ variants = [
     AotVariant("aligned", row, {**POINTERS, "stride": "i32"}, {"BLOCK": 1024}, divisible=("stride",)),
     AotVariant("spills", reverse, POINTERS, {"BLOCK": 2048}, num_warps=1, options={"maxnreg": 32}),
     AotVariant("unnamed", scale, POINTERS, {"BLOCK": 128}),
+    AotVariant("named twice", early, POINTERS, {"OVERLAP": False}),
 ]
 for variant in variants:
     for capability in (80, 90, 100) if variant.name in ("triton", "gluon") else (90,):
@@ -52,6 +61,14 @@ for variant in variants:
             print(json.dumps(dataclasses.asdict(compile_variant(variant, capability))))
         except ValueError as error:
             print(json.dumps({"variant": variant.name, "capability": capability, "error": str(error)}))
+
+overlapping = [variant for variant in shipped() if "OVERLAP" in variant.kernel.arg_names]
+first_of_each = {variant.kernel: variant for variant in reversed(overlapping)}
+for variant in [AotVariant("early", early, POINTERS), *first_of_each.values()]:
+    for capability in (80, 90):
+        kernel = build(variant, capability)
+        result = {"ptx": kernel.asm["ptx"], "early": kernel.metadata.launch_pdl}
+        print(json.dumps({"variant": variant.name, "capability": capability, **result}))
 """
 
 
@@ -87,3 +104,23 @@ def test_multiples_of_16_are_specialized(compiled):
 def test_a_parameter_that_is_not_named_is_told(compiled):
     assert "unnamed: signature and constexprs disagree" in compiled["unnamed", 90].error
     assert "['factor', 'n']" in compiled["unnamed", 90].error
+
+
+def test_a_parameter_that_follows_from_the_target_is_not_named(compiled):
+    assert "a parameter named twice" in compiled["named twice", 90].error
+
+
+def test_kernels_that_are_launched_early_wait_before_they_touch_memory(compiled):
+    """Those of the package, and on Ampere, which has no such launches, nothing of it."""
+    names = {name for (name, _), result in compiled.items() if hasattr(result, "ptx")}
+    assert {name.partition("-")[0] for name in names} == {"early", "store", "rotate", "unrotate", "decode"}
+    for name in names:
+        assert not compiled[name, 80].early
+        assert "griddepcontrol" not in compiled[name, 80].ptx
+        assert compiled[name, 90].early
+        ptx = compiled[name, 90].ptx
+        wait, access = ptx.index("griddepcontrol.wait"), re.search(r"\b(ld|st|atom|red)\.global", ptx)
+        assert access
+        assert wait < access.start()
+        # Then the next kernel knows that everything before this one has ended.
+        assert ptx.find("griddepcontrol.launch_dependents") in (-1, *range(wait, access.start()))

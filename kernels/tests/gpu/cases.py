@@ -26,7 +26,7 @@ from turboquant_kernels.formats import (
     Encoding,
     KVFormat,
 )
-from turboquant_kernels.packing import pages_of
+from turboquant_kernels.packing import KEY_SCALE, pages_of
 from turboquant_kernels.store.reference import store
 
 T = TypeVar("T")
@@ -48,6 +48,8 @@ DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 BUDGET = 60_000
 """Tokens times KV heads of a case at most; a tenth of it for most."""
+_LARGEST_KEY_SCALE = 1.3
+"""Of `random_step`."""
 FAR_BYTES = 9 << 30
 """A cache in which offsets of 4-byte words take 64 bits."""
 
@@ -151,7 +153,10 @@ def decode_variants() -> list[DecodeVariant]:
     for i, fmt in enumerate(UNIFORM):
         # One further for each width of keys, so that a head_dim meets values of every width.
         head_dim = _turn(hopper.HEAD_DIMS, i + i // len(VALUE_BITS))
-        variants.append(_decode_variant(None, fmt, head_dim, i))
+        variant = _decode_variant(None, fmt, head_dim, i)
+        if fmt == KVFormat(4, 4):  # at 128 it is above; at 256 few rows have a launch of their own
+            variant = replace(variant, head_dim=256, group=2, query_len=1)
+        variants.append(variant)
     portable = (*_diagonal(UNIFORM), *anchored, *prod[1:7:5])
     for i, fmt in enumerate(portable):
         variants.append(_decode_variant("portable", fmt, _turn(HEAD_DIMS, i), i + 3))
@@ -247,8 +252,11 @@ def decode_step(
     if variant.far and device.type == "cuda":  # Triton's interpreter copies what it is given
         step = _scattered(step)
     step = replace(step, block_table=_widened(step, lengths, variant.table_width, draw))
-    if draw.random() < 0.3 and not variant.sinks:  # beside a sink a low score leaves nothing to compare
+    kind = draw.random()
+    if kind < 0.3 and not variant.sinks:
         _plant_needle(step, lengths, draw)
+    elif kind > 0.9:
+        _lengthen_key(step, lengths, draw)
     sinks = torch.randn(step.query.shape[1], device=device) * 3 if variant.sinks else None
     return replace(
         step,
@@ -342,19 +350,41 @@ def memory_of(kv_cache: torch.Tensor) -> torch.Tensor:
 
 
 def _plant_needle(step: DecodeStep, lengths: Sequence[int], draw: random.Random) -> None:
-    """Stores a token whose key points along the query of one head: a score of 12 to 22, far from all others.
-
-    A key that is large instead of well turned asks more of all heads that it does not concern than queries of
-    16 bits have: the rounding of a score grows with both norms, and with no large score the token has a say.
-    """
-    sequence = draw.choice([i for i, length in enumerate(lengths) if length])
+    """Stores a token whose key points along one head's query: a score of 12 to 22, far from all others."""
+    sequence, block, offset = _random_token(step, lengths, draw)
     _, block_size, kv_heads, _ = step.kv_cache.shape
-    entry, offset = divmod(draw.randrange(lengths[sequence]), block_size)
-    block = memory_of(step.kv_cache)[step.block_table[sequence, entry]]
     query = step.query[sequence * step.query_len, 0].cpu().double()
     key, value = torch.randn(2, 1, kv_heads, step.codec.head_dim)
     key[0, 0] = query * (draw.uniform(12, 22) / step.scale / query.square().sum())
+    block = memory_of(step.kv_cache)[block]
     stored = empty_cache(step.codec, 1, block_size, kv_heads, torch.device("cpu"))
     memory_of(stored)[0] = block.cpu()
     store(step.codec, key, value, stored, torch.tensor([offset]))
     block.copy_(memory_of(stored)[0])
+
+
+def _lengthen_key(step: DecodeStep, lengths: Sequence[int], draw: random.Random) -> None:
+    """Makes one token's keys 3 to 17 times as long, in whatever direction they are."""
+    _, block, offset = _random_token(step, lengths, draw)
+    _key_scales(step)[block, offset // PAGE_TOKENS, :, offset % PAGE_TOKENS] *= draw.uniform(3, 17)
+
+
+def key_length(step: DecodeStep) -> float:
+    """How many times as long as the longest of `random_step` the longest key is, if it is longer."""
+    blocks = (step.seq_lens + step.kv_cache.shape[1] - 1) // step.kv_cache.shape[1]
+    used = torch.arange(step.block_table.shape[1], device=blocks.device) < blocks[:, None]
+    scales = _key_scales(step)[step.block_table[used].long()]
+    return max(1.0, float(scales.nan_to_num(0.0).max()) / _LARGEST_KEY_SCALE)
+
+
+def _key_scales(step: DecodeStep) -> torch.Tensor:
+    """fp16 [blocks, pages, kv_heads, PAGE_TOKENS], a view of the cache."""
+    scales = step.codec.layout.scales.of(pages_of(step.kv_cache, step.codec.layout))
+    return scales.view(torch.float16)[..., KEY_SCALE]
+
+
+def _random_token(step: DecodeStep, lengths: Sequence[int], draw: random.Random) -> tuple[int, int, int]:
+    """Sequence, block and place in the block of any token."""
+    sequence = draw.choice([i for i, length in enumerate(lengths) if length])
+    entry, offset = divmod(draw.randrange(lengths[sequence]), step.kv_cache.shape[1])
+    return sequence, int(step.block_table[sequence, entry]), offset

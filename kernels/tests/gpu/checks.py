@@ -13,6 +13,7 @@ from cases import (
     StoreVariant,
     Variant,
     decode_step,
+    key_length,
     memory_of,
     prefill_step,
 )
@@ -27,7 +28,8 @@ from turboquant_kernels.prefill.attention import prefill_attention
 from turboquant_kernels.prefill.tiles import plan_tiles
 
 ATTENDED_ERROR = 5e-4
-"""Relative error of the float32 result that decode kernels may leave."""
+"""Relative error of the float32 result that decode kernels may leave, where keys are about as long as others;
+a longer one has logits that are rounded the more coarsely, by the 16 bits of a query (`key_length`)."""
 
 BF16_ROUNDING = 2.0**-8
 """Half a unit in the last place, relative: what the cast of the output may add."""
@@ -66,11 +68,12 @@ def check_decode(variant: DecodeVariant, step: DecodeStep) -> float:
         scale=step.scale,
     )
     error = oracle.relative_error(first, exact)
-    assert error <= ATTENDED_ERROR, f"relative error {error:.2e} of the float32 result"
+    most = ATTENDED_ERROR * key_length(step)
+    assert error <= most, f"relative error {error:.2e} of the float32 result"
     output = subject.output(step, path=variant.path)()
     expected = oracle.unrotated(step.codec, exact)
     rounding = BF16_ROUNDING if output.is_cuda else 2 * BF16_ROUNDING  # Triton's interpreter truncates
-    bound = rounding * expected.abs() + ATTENDED_ERROR * expected.norm(dim=-1, keepdim=True)
+    bound = rounding * expected.abs() + most * expected.norm(dim=-1, keepdim=True)
     assert output.dtype == torch.bfloat16
     assert ((output.double() - expected).abs() <= bound).all(), (
         "the bf16 output is off by more than a rounding"

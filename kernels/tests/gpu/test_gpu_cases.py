@@ -13,6 +13,7 @@ from cases import (
     all_variants,
     decode_step,
     decode_variants,
+    key_length,
     prefill_step,
     prefill_variants,
     store_variants,
@@ -116,6 +117,12 @@ def test_some_steps_have_a_needle(steps):
     assert any(score > 11.9 for score in largest)
     assert sum(score < 11.9 for score in largest) > len(largest) / 2
     assert all(math.isfinite(score) for score in largest)
+
+
+def test_some_steps_have_a_long_key_which_is_told(steps):
+    lengths = [key_length(step) for step in steps]
+    assert max(lengths) > 3
+    assert lengths.count(1.0) > len(lengths) / 2
 
 
 def test_chunks_of_prefill_are_ragged_and_some_contexts_take_several_tiles():

@@ -27,7 +27,7 @@ SHAPES = {
     "sliding windows": ("GEMMA3", {"tie_word_embeddings": False}, 0.1),
     "soft cap": ("GEMMA2", {}, 0.1),
     "sinks": ("GPT_OSS", {}, NEAR),
-    "linear attention": ("QWEN3_NEXT", {}, NEAR),
+    "linear attention": ("QWEN3_NEXT", {}, 0.05),
     "Mamba": ("FALCON_H1", {}, 0.1),
 }
 

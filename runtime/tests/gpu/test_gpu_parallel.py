@@ -17,14 +17,13 @@ pytestmark = [
 ]
 
 MEMORY = 64 << 20
-NEAR = 0.15
-"""Nats, at most, for the median token; .04 was seen. Vectors of other heads would be nats away."""
 
 
-@pytest.mark.parametrize("parallel", ["tensor", "pipeline"])
+@pytest.mark.parametrize(("parallel", "near"), [("tensor", 0.15), ("pipeline", 0.01)])
 def test_two_gpus_answer_next_to_one_and_hold_twice_as_much(
-    start_on_gpu, dummy_model, tokens, parallel: str
+    start_on_gpu, dummy_model, tokens, parallel: str, near: float
 ) -> None:
+    """`near`: nats, at most, for the median token; .04 and 0 were seen."""
     from turboquant_runtime.adapters.baseline import measure_capacity
 
     model, start = dummy_model("LLAMA", weights=0), partial(start_on_gpu, dtype="float16")
@@ -38,7 +37,7 @@ def test_two_gpus_answer_next_to_one_and_hold_twice_as_much(
         disable_custom_all_reduce=True,
     )
     try:
-        assert_next_to_each_other(two, one, prompts, near=NEAR)
+        assert_next_to_each_other(two, one, prompts, near=near)
         specs = two.executor.get_kv_cache_specs()
     finally:
         two.executor.shutdown()  # its workers do not sleep while they wait

@@ -54,7 +54,7 @@ def _table(rows: Sequence[Row], over: Mapping[tuple[str, ...], Mapping[str, floa
 
     def ratio(row: Row, baseline: str) -> str:
         value = over[row.key].get(baseline)
-        return "-" if value is None else _between(row.date, runs[baseline]) + f"{value:.2f}"
+        return "-" if value is None else _mark(row.date, runs[baseline]) + f"{value:.2f}"
 
     columns: dict[str, Callable[[Row], str]] = {
         "capacity\ntokens": lambda row: f"{row.capacity_tokens:,}",
@@ -87,15 +87,19 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _between(run: str, other: str) -> str:
-    """What marks a ratio: nothing within one run."""
+def _mark(run: str, other: str) -> str:
+    """What stands before a ratio: nothing within one run."""
     return "" if run == other else "~"
 
 
 class Bar(NamedTuple):
+    """What one cache reached in a panel."""
+
     value: float
     spread: float = 0.0
+    """Relative."""
     run: str = ""
+    """`Row.date`; a capacity, which no run changes, has none."""
 
 
 Bars = Mapping[str, Bar]
@@ -139,7 +143,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                 error = bar.value * bar.spread / 2
                 axis.bar(place, bar.value, yerr=error, color=color, width=0.72, ecolor="black")
                 if baseline:
-                    text = f"{_between(bar.run, bars[baseline].run)}{bar.value / bars[baseline].value:.2f}x"
+                    text = f"{_mark(bar.run, bars[baseline].run)}{bar.value / bars[baseline].value:.2f}x"
                     axis.annotate(text, (place, bar.value + error), ha="center", va="bottom", fontsize=7)
             names = [label(cache) for cache in bars]
             axis.set_xticks(range(len(bars)), names, rotation=35, ha="right", fontsize=8)
