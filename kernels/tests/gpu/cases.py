@@ -48,8 +48,7 @@ DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 BUDGET = 60_000
 """Tokens times KV heads of a case at most; a tenth of it for most."""
-_LARGEST_KEY_SCALE = 1.3
-"""Of `random_step`."""
+_NEEDLE_SCORES = (12, 22)
 FAR_BYTES = 9 << 30
 """A cache in which offsets of 4-byte words take 64 bits."""
 
@@ -350,12 +349,12 @@ def memory_of(kv_cache: torch.Tensor) -> torch.Tensor:
 
 
 def _plant_needle(step: DecodeStep, lengths: Sequence[int], draw: random.Random) -> None:
-    """Stores a token whose key points along one head's query: a score of 12 to 22, far from all others."""
+    """Stores a token whose key points along one head's query: a score far from all others."""
     sequence, block, offset = _random_token(step, lengths, draw)
     _, block_size, kv_heads, _ = step.kv_cache.shape
     query = step.query[sequence * step.query_len, 0].cpu().double()
     key, value = torch.randn(2, 1, kv_heads, step.codec.head_dim)
-    key[0, 0] = query * (draw.uniform(12, 22) / step.scale / query.square().sum())
+    key[0, 0] = query * (draw.uniform(*_NEEDLE_SCORES) / step.scale / query.square().sum())
     block = memory_of(step.kv_cache)[block]
     stored = empty_cache(step.codec, 1, block_size, kv_heads, torch.device("cpu"))
     memory_of(stored)[0] = block.cpu()
@@ -370,11 +369,14 @@ def _lengthen_key(step: DecodeStep, lengths: Sequence[int], draw: random.Random)
 
 
 def key_length(step: DecodeStep) -> float:
-    """How many times as long as the longest of `random_step` the longest key is, if it is longer."""
-    blocks = (step.seq_lens + step.kv_cache.shape[1] - 1) // step.kv_cache.shape[1]
+    """How many times as long the longest key is as keys of `random_step` and needles are at most; 1 if it is
+    not longer."""
+    blocks = -(-step.seq_lens // step.kv_cache.shape[1])
     used = torch.arange(step.block_table.shape[1], device=blocks.device) < blocks[:, None]
     scales = _key_scales(step)[step.block_table[used].long()]
-    return max(1.0, float(scales.nan_to_num(0.0).max()) / _LARGEST_KEY_SCALE)
+    # A needle is as long as its score; codes of two bits have .88 of a key's length, and scales the rest.
+    needle = _NEEDLE_SCORES[1] / 0.88 * step.codec.head_dim**-0.5
+    return max(1.0, float(scales.nan_to_num(0.0).max()) / max(1.3, needle))
 
 
 def _key_scales(step: DecodeStep) -> torch.Tensor:
