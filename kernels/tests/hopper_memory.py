@@ -1,8 +1,8 @@
 """What the Hopper kernel takes of shared memory while it reads pages."""
 
 from turboquant_kernels.decode.hopper import Launch
-from turboquant_kernels.decode.hopper.operands import blocks_of
 from turboquant_kernels.decode.hopper.ring import ring_rows
+from turboquant_kernels.decode.hopper.specialization import blocks_of
 from turboquant_kernels.formats import PAGE_TOKENS, KVFormat
 
 

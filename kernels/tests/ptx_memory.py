@@ -279,6 +279,7 @@ EFFECTS = {
     "bar.sync": Operation(None, ("b32",), _synchronize, True),
     "bar.warp.sync": _NOTHING,
     "fence.proxy.async.shared::cta": _NOTHING,
+    "griddepcontrol.launch_dependents": _NOTHING,
     "prefetch.global.L2": Operation(None, ("address",), _prefetch, True),
     "atom.global.gpu.acq_rel.add.u32": Operation("u32", ("address", "u32"), _add_atomically, True),
     "mbarrier.init.shared::cta.b64": Operation(None, ("address", "u32"), _initialize, True),

@@ -11,9 +11,9 @@ import pytest
 import torch
 from hopper_ptx import MachineKernel
 from test_paged_attention import Batch
-from triton.experimental.gluon import language as gl
 
 from turboquant_kernels.decode import hopper
+from turboquant_kernels.decode import launch as decode_launch
 from turboquant_kernels.decode.hopper import launch as hopper_launch
 from turboquant_kernels.decode.launch import Workspace, attend
 from turboquant_kernels.formats import KVFormat
@@ -40,6 +40,8 @@ class Case:
     query_len: int = 1
     block_size: int = 16
     anchor: bool = False
+    short: bool = False
+    """Whether the launch for few tokens is taken, whatever their number."""
     splits: int = 1
     """Items of each KV head that a schedule has room for, if they are not fewer than sequences."""
     dtype: torch.dtype = torch.float32
@@ -76,6 +78,7 @@ CASES = {
     "blocks of 128": Case((700, 129), block_size=128, kv_heads=2, splits=3),
     "k2v2": Case(**ALONE, fmt="tq-k2v2"),
     "k3v3": Case(**ALONE, fmt="tq-k3v3"),
+    "k3v3, few tokens": Case((700,), "tq-k3v3", short=True, splits=3),
     "k5v3": Case(**ALONE, fmt="tq-k5v3"),
     "k8v8": Case(**ALONE, fmt="tq-k8v8"),
     "k6v8": Case(**ALONE, fmt="tq-k6v8"),
@@ -91,6 +94,7 @@ CASES = {
     "D 256, 4 rows": Case(**ALONE, head_dim=256, group=2),
     "D 256, 8 rows": Case((700,), head_dim=256, group=8, splits=2),
     "D 256, k5v3": Case((700,), "tq-k5v3", 256),
+    "D 256, k5v3, few tokens": Case((700,), "tq-k5v3", 256, group=2, short=True),
     "anchors": Case((700, 20), anchor=True, block_size=128, kv_heads=2, splits=3),
     "anchors, k3v3, 8 rows": Case((700,), "tq-k3v3", anchor=True, block_size=256, group=8),
     "anchors, D 96": Case((400,), head_dim=96, anchor=True, block_size=128),
@@ -126,15 +130,17 @@ def decode(machine, monkeypatch):
         """float32 [num_seqs * query_len, q_heads, D], un-rotated, and the workspace it was made in."""
         launch_of = hopper_launch.launch_of
 
-        def launch_for_splits(fmt, head_dim, rows):
-            launch = launch_of(fmt, head_dim, rows)
+        def launch_for_splits(fmt, head_dim, rows, short=False):
+            launch = launch_of(fmt, head_dim, rows, case.short)
             return replace(launch, programs_per_sm=case.splits * case.kv_heads * launch.row_groups(rows))
 
         monkeypatch.setattr(hopper, "launch_of", launch_for_splits)
+        # So that a few sequences of some splits are merged by the kernel.
+        monkeypatch.setattr(decode_launch, "_FUSED_SPLITS", 16)
         codec, q_heads = batch.codec, case.group * case.kv_heads
         lengths = torch.tensor(case.lengths, dtype=torch.int32)
         workspace = Workspace.allocate(
-            codec, batch.cache, len(lengths), case.query_len, q_heads, path="hopper"
+            codec, batch.cache, batch.block_table, case.query_len, q_heads, path="hopper"
         )
         workspace.deal_out(lengths, case.options.get("window"))
         workspace.partial.fill_(torch.nan)
@@ -186,7 +192,7 @@ def test_the_order_of_programs_changes_no_bit(decode, machine):
 
 
 def test_offsets_of_64_bits(decode, monkeypatch):
-    monkeypatch.setattr(hopper_launch, "_offset_type", lambda _: gl.int64)
+    monkeypatch.setattr(hopper_launch, "_offset_bits", lambda _: 64)
     case = CASES["anchors"]
     batch = case.batch()
     assert_close(case, batch, decode(case, batch)[0])

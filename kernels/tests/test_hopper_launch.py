@@ -1,12 +1,18 @@
-"""Launches of the Hopper kernel for every format: their programs fit a multiprocessor."""
+"""Launches of the Hopper kernel: their programs fit a multiprocessor, and few tokens have small tiles."""
 
+import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 from hopper_memory import shared_bytes
+from triton.runtime.jit import serialize_specialization_data
 
-from turboquant_kernels.decode.hopper import HEAD_DIMS, launch_of
-from turboquant_kernels.formats import COMPRESSED_FORMATS, Encoding
+from turboquant_kernels.codec import Codec
+from turboquant_kernels.decode import launch as decode_launch
+from turboquant_kernels.decode.hopper import HEAD_DIMS, launch_of, variants
+from turboquant_kernels.formats import COMPRESSED_FORMATS, Encoding, KVFormat
 
 PROGRAM_BYTES, MULTIPROCESSOR_BYTES, RESERVED_BYTES = 227 << 10, 228 << 10, 1 << 10
 """Shared memory of compute capability 9.0 (CUDA C++ Programming Guide, technical specifications); the last
@@ -16,12 +22,13 @@ REGISTERS, REGISTERS_OF_THREAD = 65536, 255
 UNIFORM = [fmt for fmt in COMPRESSED_FORMATS if fmt.encoding is Encoding.MSE]
 
 
+@pytest.mark.parametrize("short", [False, True])
 @pytest.mark.parametrize("rows", [4, 8])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_the_programs_of_every_format_fit_a_multiprocessor(head_dim, rows):
+def test_the_programs_of_every_format_fit_a_multiprocessor(head_dim, rows, short):
     for fmt in UNIFORM:
         for anchor in (False, True):
-            launch = launch_of(fmt, head_dim, rows)
+            launch = launch_of(fmt, head_dim, rows, short)
             size = shared_bytes(replace(fmt, anchor=anchor), head_dim, launch)
             assert size <= PROGRAM_BYTES, (fmt.name, launch)
             assert launch.programs_per_sm * (size + RESERVED_BYTES) <= MULTIPROCESSOR_BYTES, (
@@ -30,3 +37,29 @@ def test_the_programs_of_every_format_fit_a_multiprocessor(head_dim, rows):
             )
             threads = 32 * launch.num_warps * launch.programs_per_sm
             assert threads * (launch.max_registers or REGISTERS_OF_THREAD) <= REGISTERS + 512, launch
+
+
+@pytest.mark.parametrize(
+    ("batch", "context", "window", "pages"),
+    [
+        (1, 32768, None, 1),
+        (1, 131072, None, 2),
+        (1, 131072, 4096, 1),
+        (8, 32768, None, 2),
+        (64, 512, None, 1),
+    ],
+)
+def test_tiles_are_small_where_a_program_has_few(batch, context, window, pages, monkeypatch):
+    monkeypatch.setattr(decode_launch, "_multiprocessors", lambda _: 132)
+    codec = Codec(KVFormat.parse("tq-k3v3"), 128)
+    kv_cache = torch.zeros(1, 16, 8, codec.fmt.slot_bytes(128), dtype=torch.uint8)
+    block_table = torch.zeros(batch, context // 16, dtype=torch.int32)
+    own = decode_launch.Workspace.allocate(codec, kv_cache, block_table, 1, 32, window=window, path="hopper")
+    assert own.launch.pages == pages
+
+
+def test_hooks_that_watch_compilation_can_write_specializations_down():
+    for variant in variants():
+        constants = {(0,): variant.constexprs["SPEC"]}
+        written = serialize_specialization_data("", {}, constants, {}, SimpleNamespace(), "")
+        assert json.loads(written)["constant_vals"][0][0] == variant.constexprs["SPEC"].D

@@ -235,7 +235,8 @@ def test_batches_of_all_sizes_share_memory_and_keep_their_schedules(device) -> N
 
     codec = Codec(KVFormat(4, 4), HEAD_DIM)
     cache = torch.zeros(1, BLOCK, KV_HEADS, codec.fmt.slot_bytes(HEAD_DIM), dtype=torch.uint8, device=device)
-    large, small = (workspace_of(codec, cache, n, 1, HEADS, None) for n in (9, 2))
+    tables = [torch.zeros(n, 4, dtype=torch.int32, device=device) for n in (9, 2)]
+    large, small = (workspace_of(codec, cache, table, 1, HEADS, None) for table in tables)
     assert small.partial.data_ptr() == large.partial.data_ptr()
     assert small.schedule.items.data_ptr() != large.schedule.items.data_ptr()
-    assert workspace_of(codec, cache, 2, 1, HEADS, None) is small
+    assert workspace_of(codec, cache, tables[1], 1, HEADS, None) is small

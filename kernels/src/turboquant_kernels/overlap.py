@@ -1,11 +1,15 @@
 """Kernels that are launched before the one ahead of them has ended (sm_90 and newer).
 
 CUDA's programmatic dependent launch: the way of a launch to the GPU, a microsecond or two, is hidden behind
-the kernel before. A kernel that is launched so touches no memory that others write before it has called
-`gdc_wait`, which returns once the kernel ahead has ended; that one has waited for those ahead of it in turn.
-One that is short calls `gdc_launch_dependents` right then, so that the next comes as early as it can.
+the kernel before. What is launched so has a constexpr `OVERLAP`, is launched with `launch_pdl`, and keeps to
+two rules:
 
-Kernels that do have a constexpr `OVERLAP`, and are launched with `launch_pdl`.
+- `gdc_launch_dependents`, which lets the next one come before this one has ended, comes after `gdc_wait`
+  only, which returns once the kernel ahead has ended. So whatever runs can have but one kernel ahead of it.
+  A kernel that is launched in the usual way has none, and may call it anywhere.
+- Before `gdc_wait` it touches no memory that the one ahead may touch, unless both only read it.
+
+Decode attention is launched in the usual way; docs/kernels.md says what was measured.
 """
 
 from functools import cache

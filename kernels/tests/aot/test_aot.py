@@ -37,7 +37,7 @@ def test_a_named_variant_stays_within_its_bounds(name, compiled):
 @pytest.mark.parametrize("name", [name for name in BOUNDS if name.startswith("decode-hopper-")])
 def test_the_ring_of_pages_begins_the_shared_memory(name, compiled):
     """Its addresses count from there, which the compiler does not know: nothing else lives beside it."""
-    options = next(variant for variant in hopper.variants() if variant.name == name).constexprs
-    fmt = KVFormat(options["KEY_BITS"], options["VALUE_BITS"], anchor=options["ANCHOR"])
-    launch = hopper.launch_of(fmt, options["D"], options["R"])
-    assert compiled[name]["shared_bytes"] == shared_bytes(fmt, options["D"], launch)
+    own = next(variant for variant in hopper.variants() if variant.name == name).constexprs["SPEC"]
+    fmt = KVFormat(own.KEY_BITS, own.VALUE_BITS, anchor=own.ANCHOR)
+    launch = hopper.launch_of(fmt, own.D, own.R, short=name.endswith("-short"))
+    assert compiled[name]["shared_bytes"] == shared_bytes(fmt, own.D, launch)

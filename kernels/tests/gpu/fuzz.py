@@ -39,6 +39,8 @@ CASES = 2000
 """Of a whole run."""
 
 _WARM_BUDGET = 200
+_MOST_PROCESSES = 20
+"""Each takes a gigabyte of the GPU's memory, and twenty where a cache is large (`cases.FAR_BYTES`)."""
 
 
 @dataclass
@@ -101,7 +103,7 @@ def run(
         if only is None or only % len(variants) == index
     ]
     reports = []
-    for report in _results(tasks, min(processes or os.cpu_count() or 1, len(tasks))):
+    for report in _results(tasks, min(processes or os.cpu_count() or 1, _MOST_PROCESSES, len(tasks))):
         reports.append(report)
         tell(f"[{len(reports)}/{len(tasks)}] {report}")
         for failure in report.failures:

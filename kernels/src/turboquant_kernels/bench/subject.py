@@ -94,7 +94,14 @@ def prefill(step: DecodeStep, chunk: int, attend_tiles: Attend) -> Call:
 
 
 def _workspace(step: DecodeStep, path: Path | None) -> Workspace:
-    num_seqs, q_heads = len(step.seq_lens), step.query.shape[1]
-    workspace = Workspace.allocate(step.codec, step.kv_cache, num_seqs, step.query_len, q_heads, path)
+    workspace = Workspace.allocate(
+        step.codec,
+        step.kv_cache,
+        step.block_table,
+        step.query_len,
+        step.query.shape[1],
+        window=step.window,
+        path=path,
+    )
     workspace.deal_out(step.seq_lens, step.window)
     return workspace

@@ -23,8 +23,11 @@ from turboquant_kernels.queries.reference import QuantizedQueries
 
 Path = Literal["hopper", "portable"]
 
-_FUSED_SPLITS = 16
-"""Splits of a sequence, on average, that one program merges faster than a launch of its own would."""
+_SHORT_TILES = 5
+"""Tiles of a program up to which launches with smaller ones were faster, on an H200."""
+_FUSED_SPLITS = 2
+"""Splits of a sequence, on average, up to which its last program merges them: where most sequences have one
+split, a launch that merges costs more than it saves."""
 
 
 def path_of(codec: Codec, kv_cache: torch.Tensor) -> Path:
@@ -52,19 +55,23 @@ class Workspace:
     """float32 [items, kv_heads, row_groups, rows, 2]: largest logit and sum of weights of each."""
     counters: torch.Tensor | None
     """int32 [num_seqs, kv_heads, row_groups], zeros: splits that are done, where the kernel merges them
-    itself. None where `merge` does, which is faster for many splits a sequence."""
+    itself. None where `merge` does."""
 
     @classmethod
     def allocate(
         cls,
         codec: Codec,
         kv_cache: torch.Tensor,
-        num_seqs: int,
+        block_table: torch.Tensor,
         query_len: int,
         q_heads: int,
+        *,
+        window: int | None = None,
         path: Path | None = None,
     ) -> "Workspace":
-        """Room for `num_seqs` sequences of `query_len` query tokens. `path` overrides the choice of kernel.
+        """For the sequences of a block table, of `query_len` query tokens, however long they come to be.
+
+        Shapes alone count, those of `paged_decode`. `path` overrides the choice of kernel.
 
         Raises ValueError where the cache's shape is not that of the codec's format, or its blocks have no
         room for key anchors.
@@ -72,12 +79,19 @@ class Workspace:
         pages_of(kv_cache, codec.layout)
         if codec.fmt.anchor:
             anchors_of(kv_cache, codec.fmt, codec.head_dim)
-        kv_heads = kv_cache.shape[2]
+        num_seqs, kv_heads = len(block_table), kv_cache.shape[2]
         rows = q_heads // kv_heads * query_len
         path = path or path_of(codec, kv_cache)
         launch: hopper.Launch | portable.Launch
         if path == "hopper":
             launch = hopper.launch_of(codec.fmt, codec.head_dim, rows)
+            programs = _multiprocessors(kv_cache.device) * launch.programs_per_sm
+            read = block_table.shape[1] * kv_cache.shape[1]
+            if window is not None:
+                read = min(read, window + query_len)
+            tokens = num_seqs * kv_heads * launch.row_groups(rows) * read
+            if tokens <= programs * _SHORT_TILES * launch.tile_tokens:
+                launch = hopper.launch_of(codec.fmt, codec.head_dim, rows, short=True)
         else:
             launch = portable.launch_of(codec.head_dim, rows)
         groups = launch.row_groups(rows)
@@ -126,7 +140,9 @@ def attend(
     if out is None:
         out = queries.scale.new_empty(tokens, q_heads, head_dim)
     if workspace is None:
-        workspace = Workspace.allocate(codec, kv_cache, len(seq_lens), query_len, q_heads, path)
+        workspace = Workspace.allocate(
+            codec, kv_cache, block_table, query_len, q_heads, window=window, path=path
+        )
         workspace.deal_out(seq_lens, window)
     schedule, partial, stats = workspace.schedule, workspace.partial, workspace.stats
     arguments = (

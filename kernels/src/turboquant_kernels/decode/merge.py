@@ -97,20 +97,20 @@ def _merge_kernel(
     sequence = token // QUERY_LEN
     row = (token % QUERY_LEN) * GROUP + q_head % GROUP
     head = q_head // GROUP
-    if OVERLAP:
-        gdc_wait()
-        gdc_launch_dependents()
+    # The kernel ahead, which attends, writes neither of these.
     first = tl.load(splits + 2 * sequence)
     count = tl.load(splits + 2 * sequence + 1)
-    d = tl.arange(0, WIDTH)
-    s = tl.arange(0, SPLITS)
-
     if sinks is None:
         maximum = NOTHING
         total = 0.0
     else:
         maximum = tl.load(sinks + q_head).to(tl.float32) * LOG2_E
         total = 1.0
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
+    d = tl.arange(0, WIDTH)
+    s = tl.arange(0, SPLITS)
     result = tl.zeros([WIDTH], tl.float32)
     for start in range(0, count, SPLITS):
         used = start + s < count

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_wait
 
 from turboquant_kernels.aot import AotVariant
 from turboquant_kernels.codebook import codebook
@@ -173,8 +173,7 @@ def _rotate_queries(
 ):
     """Grid: (tiles of ROWS tokens, query heads)."""
     if OVERLAP:
-        gdc_wait()
-        gdc_launch_dependents()
+        gdc_wait()  # and no `gdc_launch_dependents`: decode attention, which comes next, is launched after it
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     head = tl.program_id(1)
     valid = token < num_tokens

@@ -48,7 +48,7 @@ class Decodes:
         self._forget_other_passes()
         key = (codec, kv_cache.shape[1:], kv_cache.stride(0), q_heads, window)
         if key not in self._workspaces:
-            workspace = workspace_of(codec, kv_cache, len(self.seq_lens), self.query_len, q_heads, window)
+            workspace = workspace_of(codec, kv_cache, self.block_table, self.query_len, q_heads, window)
             workspace.deal_out(self.seq_lens, window)
             self._workspaces[key] = workspace
         return self._workspaces[key]

@@ -20,21 +20,26 @@ _WORKSPACES: dict[tuple[object, ...], Workspace] = {}
 
 
 def workspace_of(
-    codec: Codec, kv_cache: torch.Tensor, num_seqs: int, query_len: int, q_heads: int, window: int | None
+    codec: Codec,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    query_len: int,
+    q_heads: int,
+    window: int | None,
 ) -> Workspace:
-    """The workspace of all layers of this shape and window, for batches of this size; see `Workspace`."""
+    """The workspace of all layers of this shape and window, for block tables of this shape."""
     key = (
         codec,
         kv_cache.device,
         kv_cache.shape[1:],
         kv_cache.stride(0),
-        num_seqs,
+        block_table.shape,
         query_len,
         q_heads,
         window,
     )
     if key not in _WORKSPACES:
-        own = Workspace.allocate(codec, kv_cache, num_seqs, query_len, q_heads)
+        own = Workspace.allocate(codec, kv_cache, block_table, query_len, q_heads, window=window)
         _WORKSPACES[key] = replace(
             own,
             partial=_shared("partial", own.partial),

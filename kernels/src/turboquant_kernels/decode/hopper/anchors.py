@@ -6,11 +6,14 @@ memory. Columns are those of the integer products: two for a row of queries, of 
 rounded to bf16 and the other what is left of it, nothing where it is bf16.
 """
 
+from typing import Any, NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from turboquant_kernels.decode.hopper.operands import basis
+from turboquant_kernels.decode.hopper.operands import basis, product_layout
+from turboquant_kernels.decode.hopper.pages import offset_type
 from turboquant_kernels.formats import ANCHOR_TOKENS, PAGE_TOKENS
 
 ANCHOR_PAGES = gl.constexpr(ANCHOR_TOKENS // PAGE_TOKENS)
@@ -18,6 +21,19 @@ ANCHOR_PAGES = gl.constexpr(ANCHOR_TOKENS // PAGE_TOKENS)
 
 _PREFETCH = gl.constexpr("prefetch.global.L2 [$1]; mov.b32 $0, 0;")
 _ROWS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0]))
+
+
+class Anchors(NamedTuple):
+    """A KV head's anchors, and the queries that they are multiplied with."""
+
+    words: Any
+    """Pointer to the cache's int32 words, from the head's first anchor of block 0 on."""
+    queries: Any
+    """Pointer to queries, any float [tokens, q_heads, D], not rotated."""
+    token_stride: Any
+    head_stride: Any
+    scale: Any
+    """What a product counts in a logit."""
 
 
 @gluon.constexpr_function
@@ -46,98 +62,53 @@ def _tiles_of_anchor(warps, pages):
 
 
 @gluon.jit
-def _vectors_of_run(
-    anchors,
-    table_row,
-    block_stride,
-    first_page,
-    end_page,
-    W: gl.constexpr,
-    D: gl.constexpr,
-    KV_HEADS: gl.constexpr,
-    PAGES_OF_BLOCK: gl.constexpr,
-    OFFSET: gl.constexpr,
-    L: gl.constexpr,
-):
-    """Where the 16 anchors of each warp begin: pointers to bf16, [W, 16, 1].
+def _vectors_of_run(anchors, pages, tile, L: gl.constexpr, SPEC: gl.constexpr):
+    """Where the 16 anchors of each warp begin, from those of a tile on: pointers to bf16, [W, 16, 1].
 
-    anchors: int32 words, from the KV head's first anchor of block 0. Anchors behind the end are the last one.
+    Anchors behind the end are the last one.
     """
-    OF_BLOCK: gl.constexpr = PAGES_OF_BLOCK // ANCHOR_PAGES
+    OF_BLOCK: gl.constexpr = SPEC.PAGES_OF_BLOCK // ANCHOR_PAGES
     index = gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(2, L)))[None, :, None]
-    index += first_page // ANCHOR_PAGES
-    index += gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, L)))[:, None, None] * 16
-    index = gl.minimum(index, (end_page - 1) // ANCHOR_PAGES)
-    block = gl.load(table_row + index // OF_BLOCK).to(OFFSET)
-    vector = anchors + (block * block_stride + index % OF_BLOCK * (KV_HEADS * D // 2))
+    index += (pages.first + tile * (SPEC.W * SPEC.P)) // ANCHOR_PAGES
+    index += gl.arange(0, SPEC.W, gl.SliceLayout(1, gl.SliceLayout(2, L)))[:, None, None] * 16
+    index = gl.minimum(index, (pages.end - 1) // ANCHOR_PAGES)
+    block = gl.load(pages.table_row + index // OF_BLOCK).to(offset_type(SPEC.OFFSET_BITS))
+    within = index % OF_BLOCK * (SPEC.KV_HEADS * SPEC.D // 2)
+    vector = anchors.words + (block * pages.block_stride + within)
     return vector.to(gl.pointer_type(gl.bfloat16), bitcast=True)
 
 
 @gluon.jit
-def prefetch_anchors(
-    anchors,
-    table_row,
-    block_stride,
-    first_page,
-    end_page,
-    W: gl.constexpr,
-    D: gl.constexpr,
-    KV_HEADS: gl.constexpr,
-    PAGES_OF_BLOCK: gl.constexpr,
-    OFFSET: gl.constexpr,
-):
-    """Starts the way of a run's anchors to the L2 cache: registers to load all at once are few."""
-    L: gl.constexpr = gl.BlockedLayout([1, 2, 1], [1, 8, 4], [W, 1, 1], [2, 1, 0])
-    vector = _vectors_of_run(
-        anchors, table_row, block_stride, first_page, end_page, W, D, KV_HEADS, PAGES_OF_BLOCK, OFFSET, L
-    )
+def prefetch_anchors(anchors, pages, SPEC: gl.constexpr):
+    """Starts the way of the first run's anchors to the L2 cache: registers to load all at once are few."""
+    L: gl.constexpr = gl.BlockedLayout([1, 2, 1], [1, 8, 4], [SPEC.W, 1, 1], [2, 1, 0])
+    vector = _vectors_of_run(anchors, pages, 0, L, SPEC)
     quarter = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, L)))[None, None, :]
     gl.inline_asm_elementwise(
-        _PREFETCH, "=r,l", [vector + quarter * (D // 4)], dtype=gl.int32, is_pure=False, pack=1
+        _PREFETCH, "=r,l", [vector + quarter * (SPEC.D // 4)], dtype=gl.int32, is_pure=False, pack=1
     )
 
 
 @gluon.jit
-def store_logits(
-    memory,
-    anchors,
-    table_row,
-    block_stride,
-    first_page,
-    end_page,
-    queries,
-    scale,
-    token,
-    token_stride,
-    head_stride,
-    first_row,
-    total_rows,
-    W: gl.constexpr,
-    R: gl.constexpr,
-    D: gl.constexpr,
-    KV_HEADS: gl.constexpr,
-    GROUP: gl.constexpr,
-    PAGES_OF_BLOCK: gl.constexpr,
-    OFFSET: gl.constexpr,
-    mma: gl.constexpr,
-):
-    """Makes the logits of the run of tiles that begins at `first_page`, a multiple of `ANCHOR_PAGES`.
-
-    queries: any float, from the KV head's first query head on; `token` is the sequence's first query token.
-    """
-    A: gl.constexpr = gl.DotOperandLayout(0, mma, 8)
-    B: gl.constexpr = gl.DotOperandLayout(1, mma, 8)
-    vector = _vectors_of_run(
-        anchors, table_row, block_stride, first_page, end_page, W, D, KV_HEADS, PAGES_OF_BLOCK, OFFSET, A
-    )
+def store_logits(memory, anchors, pages, tile, rows, SPEC: gl.constexpr):
+    """Makes the logits of the run of tiles that begins at `tile`, whose first page is a multiple of
+    `ANCHOR_PAGES`."""
+    W: gl.constexpr = SPEC.W
+    R: gl.constexpr = SPEC.R
+    D: gl.constexpr = SPEC.D
+    MMA: gl.constexpr = product_layout(W)
+    A: gl.constexpr = gl.DotOperandLayout(0, MMA, 8)
+    B: gl.constexpr = gl.DotOperandLayout(1, MMA, 8)
+    vector = _vectors_of_run(anchors, pages, tile, A, SPEC)
     column = gl.arange(0, 2 * R, gl.SliceLayout(0, gl.SliceLayout(1, B)))[None, None, :]
-    row = first_row + column // 2
-    query = (token + row // GROUP) * token_stride + row % GROUP * head_stride
+    row = rows.first + column // 2
+    query = (rows.token + row // SPEC.GROUP) * anchors.token_stride
+    query += (rows.query_head + row % SPEC.GROUP) * anchors.head_stride
     # Zeros that give a tensor its dimension of warps, each of which holds a copy.
     no_warp = gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, B)))[:, None, None] * 0
     query += no_warp
-    used = (row < total_rows) & (no_warp == 0)
-    products = gl.full([W, 16, 2 * R], 0.0, gl.float32, mma)
+    used = (row < rows.total) & (no_warp == 0)
+    products = gl.full([W, 16, 2 * R], 0.0, gl.float32, MMA)
     for first in gl.static_range(0, D, 64):
         d = first + gl.arange(0, 64, gl.SliceLayout(0, gl.SliceLayout(1, A)))[None, None, :]
         if first + 64 > D:
@@ -147,23 +118,23 @@ def store_logits(
             a = gl.load(vector + d)
         d = first + gl.arange(0, 64, gl.SliceLayout(0, gl.SliceLayout(2, B)))[None, :, None]
         # Where the second condition always holds, it gives the mask the shape of what is loaded.
-        q = gl.load(queries + query + d, mask=used & (d < D), other=0.0).to(gl.float32)
+        q = gl.load(anchors.queries + query + d, mask=used & (d < D), other=0.0).to(gl.float32)
         rounded = q.to(gl.bfloat16)
         left = (q - rounded.to(gl.float32)).to(gl.bfloat16)
         products = mma_v2(a, gl.where(column % 2 == 0, rounded, left), products)
     of_rounded, of_left = gl.split(gl.reshape(products, [W, 16, R, 2]))
     memory._reinterpret(gl.float32, [16 * W, R], _ROWS).store(
-        gl.reshape((of_rounded + of_left) * scale, [16 * W, R])
+        gl.reshape((of_rounded + of_left) * anchors.scale, [16 * W, R])
     )
     gl.thread_barrier()
 
 
 @gluon.jit
-def load_logits(memory, tile, W: gl.constexpr, P: gl.constexpr, R: gl.constexpr, ROW: gl.constexpr):
+def load_logits(memory, tile, ROW: gl.constexpr, SPEC: gl.constexpr):
     """Those of the anchors of a tile of the run, each warp's own: float32 [W, R]."""
-    OF_TILE: gl.constexpr = _anchors_of_tile(W, P)
-    L: gl.constexpr = _warp_layout(W, OF_TILE, R)
-    logits = memory._reinterpret(gl.float32, [16 * W // OF_TILE, OF_TILE, R], _ROWS)
-    x = logits.index(tile // _tiles_of_anchor(W, P)).load(gl.SliceLayout(1, L))
-    x, _ = gl.broadcast(x[:, None, :], gl.full([OF_TILE, W // OF_TILE, R], 0.0, gl.float32, L))
-    return gl.convert_layout(gl.reshape(x, [W, R]), ROW, assert_trivial=True)
+    OF_TILE: gl.constexpr = _anchors_of_tile(SPEC.W, SPEC.P)
+    L: gl.constexpr = _warp_layout(SPEC.W, OF_TILE, SPEC.R)
+    logits = memory._reinterpret(gl.float32, [16 * SPEC.W // OF_TILE, OF_TILE, SPEC.R], _ROWS)
+    x = logits.index(tile // _tiles_of_anchor(SPEC.W, SPEC.P)).load(gl.SliceLayout(1, L))
+    x, _ = gl.broadcast(x[:, None, :], gl.full([OF_TILE, SPEC.W // OF_TILE, SPEC.R], 0.0, gl.float32, L))
+    return gl.convert_layout(gl.reshape(x, [SPEC.W, SPEC.R]), ROW, assert_trivial=True)

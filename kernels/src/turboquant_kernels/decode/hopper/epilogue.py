@@ -17,17 +17,23 @@ def _read_layout(warps, rows, block):
 
 
 @gluon.jit
-def share_rows(x, W: gl.constexpr, R: gl.constexpr):
+def share_rows(x, SPEC: gl.constexpr):
     """Puts what each warp has of each row, float32 [W, R], into shared memory."""
-    return gl.allocate_shared_memory(gl.float32, [W, R], _ROWS, x)
+    return gl.allocate_shared_memory(gl.float32, [SPEC.W, SPEC.R], _ROWS, x)
 
 
 @gluon.jit
-def share_sums(
-    pieces, half_weight, W: gl.constexpr, R: gl.constexpr, BITS: gl.constexpr, BLOCK: gl.constexpr
-):
-    """Puts the pieces of a block, float32 [W, M, R] in the order of the value operand, plus `half_weight`
-    [W, R], into shared memory: [W, R, BLOCK], coordinates in order."""
+def share_sums(attended, half_weight, INDEX: gl.constexpr, SPEC: gl.constexpr):
+    """Puts the pieces of block INDEX of `attended`, float32 [W, M, R] in the order of the value operand, plus
+    `half_weight` [W, R], into shared memory: [W, R, coordinates], in order."""
+    W: gl.constexpr = SPEC.W
+    R: gl.constexpr = SPEC.R
+    BITS: gl.constexpr = SPEC.VALUE_BITS
+    BLOCK: gl.constexpr = SPEC.VALUE_BLOCKS[INDEX]
+    PIECES: gl.constexpr = SPEC.PIECES
+    pieces = ()
+    for piece in gl.static_range(PIECES):
+        pieces = pieces + (attended[PIECES * INDEX + piece],)
     half = gl.convert_layout(half_weight, gl.SliceLayout(1, pieces[0].type.layout), assert_trivial=True)
     half = half[:, None, :]
     if BITS == 8:
@@ -45,9 +51,9 @@ def share_sums(
 
 
 @gluon.jit
-def merge_warps(sums, maxima, totals, W: gl.constexpr, R: gl.constexpr, BLOCK: gl.constexpr):
-    """What was shared of all warps: sums of a block [R, BLOCK], largest logits and sums of weights, [R]."""
-    L: gl.constexpr = _read_layout(W, R, BLOCK)
+def merge_warps(sums, maxima, totals, INDEX: gl.constexpr, SPEC: gl.constexpr):
+    """What was shared of all warps: sums of a block [R, coordinates], maxima and sums of weights [R]."""
+    L: gl.constexpr = _read_layout(SPEC.W, SPEC.R, SPEC.VALUE_BLOCKS[INDEX])
     ROW: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(0, L))
     m = maxima.load(gl.SliceLayout(2, L))
     highest = gl.max(m, axis=0)

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 import triton
-from triton.experimental.gluon import language as gl
 
 from turboquant_kernels.aot import AotVariant
 from turboquant_kernels.codebook import codebook
 from turboquant_kernels.codec import Codec
 from turboquant_kernels.decode.hopper.fragments import WORD_SHIFT, fragment, level_table, table_registers
 from turboquant_kernels.decode.hopper.kernel import decode_kernel
-from turboquant_kernels.decode.hopper.operands import blocks_of
+from turboquant_kernels.decode.hopper.ring import ring_rows
+from turboquant_kernels.decode.hopper.specialization import Specialization, blocks_of
 from turboquant_kernels.decode.hopper.values import WEIGHT_ONE
 from turboquant_kernels.formats import ANCHOR_TOKENS, PAGE_TOKENS, Encoding, KVFormat
 from turboquant_kernels.packing import PLANES
@@ -65,11 +65,18 @@ def supports(fmt: KVFormat, head_dim: int, capability: int, block_stride: int) -
     return known and capability == 90 and block_stride % 16 == 0
 
 
-def launch_of(fmt: KVFormat, head_dim: int, rows: int) -> Launch:
-    """The tuned launch for `rows` rows (query heads of a KV head times query tokens)."""
+def launch_of(fmt: KVFormat, head_dim: int, rows: int, short: bool = False) -> Launch:
+    """The tuned launch for `rows` rows (query heads of a KV head times query tokens); `short` where a program
+    has few tokens to read."""
     held = 4 if rows <= 4 else 8
     head_dim = 128 if head_dim in (80, 96) else head_dim
-    asked = {"head_dim": head_dim, "rows": held, "key_bits": fmt.key_bits, "value_bits": fmt.value_bits}
+    asked = {
+        "head_dim": head_dim,
+        "rows": held,
+        "key_bits": fmt.key_bits,
+        "value_bits": fmt.value_bits,
+        "short": short,
+    }
     for rule in _rules():
         if all(asked[name] in values for name, values in rule["where"].items()):
             return Launch(rows=held, **rule["launch"])
@@ -117,7 +124,8 @@ def attend_items(
     """
     _, block_size, kv_heads, _ = kv_cache.shape
     group = queries.codes.shape[1] // kv_heads
-    constexprs = _constexprs(
+    words = kv_cache.view(torch.int32)
+    specialization = _specialization(
         codec.fmt,
         codec.head_dim,
         launch,
@@ -125,10 +133,11 @@ def attend_items(
         group,
         query_len,
         block_size,
+        _offset_bits(words),
         window is not None,
         bool(soft_cap),
+        merged is not None,
     )
-    words = kv_cache.view(torch.int32)
     anchored: tuple[Any, ...] = (None,) * 4
     if codec.fmt.anchor:
         anchored = (queries.unrotated, queries.unrotated_scale, *queries.unrotated.stride()[:2])
@@ -155,9 +164,7 @@ def attend_items(
         window or 0,
         (soft_cap or 1.0) * math.log2(math.e),
         *anchored,
-        **constexprs,
-        OFFSET=_offset_type(words),
-        FUSED=merged is not None,
+        SPEC=specialization,
         num_warps=launch.num_warps,
         **({"maxnreg": launch.max_registers} if launch.max_registers else {}),
     )
@@ -169,15 +176,19 @@ def value_unit(codec: Codec) -> float:
 
 
 def variants() -> Iterator[AotVariant]:
-    """Formats of the benchmarks at every head dimension, a few others at 128, one and more rows; with key
-    anchors those of the benchmarks at 128, and one at every head dimension; one with each option."""
+    """Formats of the benchmarks at every head dimension, a few others at 128, one and more rows, and with a
+    launch for few tokens of their own; with key anchors those of the benchmarks at 128, and one at every
+    head dimension; one with each option."""
     names = ("tq-k4v4", "tq-k3v3", "tq-k8v4", "tq-k5v3", "tq-k4v2", "tq-k6v8", "tq-k2v2")
     for head_dim in HEAD_DIMS:
         at_128 = head_dim == 128
         for rows in (4, 8):
             for name in names if at_128 else names[:4]:
-                if supports(KVFormat.parse(name), head_dim, 90, block_stride=16):
-                    yield _variant(KVFormat.parse(name), head_dim, rows)
+                fmt = KVFormat.parse(name)
+                if supports(fmt, head_dim, 90, block_stride=16):
+                    yield _variant(fmt, head_dim, rows)
+                    if launch_of(fmt, head_dim, rows, short=True) != launch_of(fmt, head_dim, rows):
+                        yield _variant(fmt, head_dim, rows, "short")
             for name in names[:4] if at_128 else names[:1]:
                 yield _variant(replace(KVFormat.parse(name), anchor=True), head_dim, rows)
     for option in ("split", "window", "cap", "sinks"):
@@ -185,8 +196,8 @@ def variants() -> Iterator[AotVariant]:
 
 
 def _variant(fmt: KVFormat, head_dim: int, rows: int, option: str = "") -> AotVariant:
-    """`option`: "split" for results that another kernel merges, "window", "cap" or "sinks"."""
-    launch = launch_of(fmt, head_dim, rows)
+    """`option`: "split" for results that another kernel merges, "short", "window", "cap" or "sinks"."""
+    launch = launch_of(fmt, head_dim, rows, short=option == "short")
     signature = {
         "partial": "*fp32",
         "stats": "*fp32",
@@ -212,8 +223,18 @@ def _variant(fmt: KVFormat, head_dim: int, rows: int, option: str = "") -> AotVa
     strides = ["query_token_stride", "query_head_stride"]
     anchored = {"anchor_queries": "*bf16", "anchor_scale": "fp32", **dict.fromkeys(strides, "i32")}
     block_size = ANCHOR_TOKENS if fmt.anchor else PAGE_TOKENS
-    constexprs = _constexprs(
-        fmt, head_dim, launch, 8, rows, 1, block_size, option == "window", option == "cap"
+    specialization = _specialization(
+        fmt,
+        head_dim,
+        launch,
+        kv_heads=8,
+        group=rows,
+        query_len=1,
+        block_size=block_size,
+        offset_bits=32,
+        window=option == "window",
+        soft_cap=option == "cap",
+        fused=option != "split",
     )
     absent = [] if fmt.anchor else [*anchored]
     if option == "split":
@@ -226,7 +247,7 @@ def _variant(fmt: KVFormat, head_dim: int, rows: int, option: str = "") -> AotVa
         name=f"decode-hopper-{name}{option and '-'}{option}",
         kernel=decode_kernel,
         signature={argument: kind for argument, kind in present.items() if argument not in absent},
-        constexprs=constexprs | dict.fromkeys(absent) | {"OFFSET": gl.int32, "FUSED": option != "split"},
+        constexprs=dict.fromkeys(absent) | {"SPEC": specialization},
         num_warps=launch.num_warps,
         options={"maxnreg": launch.max_registers} if launch.max_registers else {},
         divisible=("block_stride", "block_table_stride", *(strides if fmt.anchor else ())),
@@ -235,7 +256,7 @@ def _variant(fmt: KVFormat, head_dim: int, rows: int, option: str = "") -> AotVa
 
 
 @cache
-def _constexprs(
+def _specialization(
     fmt: KVFormat,
     head_dim: int,
     launch: Launch,
@@ -243,42 +264,54 @@ def _constexprs(
     group: int,
     query_len: int,
     block_size: int,
+    offset_bits: int,
     window: bool,
     soft_cap: bool,
-) -> dict[str, Any]:
-    """What the kernel is specialized to, but for the width of offsets."""
+    fused: bool,
+) -> Specialization:
+    """The compiled kernel that a launch takes."""
 
     def text(bits: int, words: int) -> tuple[str, str]:
         piece = fragment(bits, words, level_table(bits, head_dim))
         return piece.text, piece.constraints
 
-    # Each block of coordinates has its own number of words of keys in a lane. Values of 3 bits take words
-    # in pairs.
-    key_asm = tuple(
-        text(fmt.key_bits, block * PLANES[fmt.key_bits][0] // 128) for block in blocks_of(head_dim, 128)
+    key_blocks = blocks_of(head_dim, 128)
+    value_block = _value_block(fmt, head_dim, launch)
+    values_at = PAGE_TOKENS * head_dim * fmt.key_bits // 32
+    page_words = PAGE_TOKENS * fmt.slot_bytes(head_dim) // 4
+    return Specialization(
+        D=head_dim,
+        KEY_BITS=fmt.key_bits,
+        VALUE_BITS=fmt.value_bits,
+        PAGES_OF_BLOCK=block_size // PAGE_TOKENS,
+        OFFSET_BITS=offset_bits,
+        ANCHOR=fmt.anchor,
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        ROW_GROUPS=launch.row_groups(group * query_len),
+        WINDOW=window,
+        SOFT_CAP=soft_cap,
+        FUSED=fused,
+        R=launch.rows,
+        W=launch.num_warps,
+        P=launch.pages,
+        VALUE_BLOCK=value_block,
+        SHARED_QUERIES=launch.shared_queries,
+        EVICT_FIRST=launch.evict_first,
+        KEY_BLOCKS=key_blocks,
+        VALUE_BLOCKS=blocks_of(head_dim, value_block),
+        PIECES=1 if fmt.value_bits == 8 else 2,
+        # Each block of keys has its own number of words in a lane. Values of 3 bits take words in pairs.
+        KEY_ASM=tuple(text(fmt.key_bits, block * PLANES[fmt.key_bits][0] // 128) for block in key_blocks),
+        VALUE_ASM=text(fmt.value_bits, 2 if fmt.value_bits == 3 else 1),
+        KEY_REGISTERS=len(_table_words(fmt.key_bits, head_dim)),
+        VALUE_REGISTERS=len(_table_words(fmt.value_bits, head_dim)),
+        VALUES_AT=values_at,
+        SCALES_AT=page_words - PAGE_TOKENS * fmt.scale_bytes // 4,
+        PAGE_WORDS=page_words,
+        RING_ROWS=ring_rows(launch.num_warps, launch.pages, page_words, 256 * launch.rows).value,
+        QUERY_ROWS=len(key_blocks) if launch.shared_queries else 0,
     )
-    return {
-        "KV_HEADS": kv_heads,
-        "GROUP": group,
-        "ROW_GROUPS": launch.row_groups(group * query_len),
-        "R": launch.rows,
-        "D": head_dim,
-        "KEY_BITS": fmt.key_bits,
-        "VALUE_BITS": fmt.value_bits,
-        "KEY_ASM": key_asm,
-        "VALUE_ASM": text(fmt.value_bits, 2 if fmt.value_bits == 3 else 1),
-        "KEY_REGISTERS": len(_table_words(fmt.key_bits, head_dim)),
-        "VALUE_REGISTERS": len(_table_words(fmt.value_bits, head_dim)),
-        "PAGES_OF_BLOCK": block_size // PAGE_TOKENS,
-        "W": launch.num_warps,
-        "P": launch.pages,
-        "VALUE_BLOCK": _value_block(fmt, head_dim, launch),
-        "SHARED_QUERIES": launch.shared_queries,
-        "EVICT_FIRST": launch.evict_first,
-        "WINDOW": window,
-        "SOFT_CAP": soft_cap,
-        "ANCHOR": fmt.anchor,
-    }
 
 
 def _value_block(fmt: KVFormat, head_dim: int, launch: Launch) -> int:
@@ -302,6 +335,6 @@ def _device_tables(fmt: KVFormat, head_dim: int, device: torch.device) -> torch.
     return torch.tensor(words, dtype=torch.int32)[:, None].repeat(1, 32).to(device)
 
 
-def _offset_type(words: torch.Tensor) -> gl.dtype:
+def _offset_bits(words: torch.Tensor) -> int:
     """64-bit offsets cost instructions; 32-bit ones of 4-byte words reach 8 GiB."""
-    return gl.int32 if words.shape[0] * words.stride(0) < 1 << 31 else gl.int64
+    return 32 if words.shape[0] * words.stride(0) < 1 << 31 else 64

@@ -1,12 +1,13 @@
 """The merge of a sequence's splits inside the Hopper kernel, by the program that finishes last.
 
-It saves a launch where a sequence has few splits; many are merged by `decode.merge`, which has a program for
-each query head. Splits are added in order, whoever comes last, so results repeat to the bit.
+It saves a launch where most sequences have one split; else `decode.merge` does it, with a program for each
+query head. Splits are added in order, whoever comes last, so results repeat to the bit.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from turboquant_kernels.decode.hopper.queries import place_of
 from turboquant_kernels.decode.logits import LOG2_E, NOTHING, SOMETHING
 
 _ELEMENTS = gl.constexpr(512)
@@ -20,48 +21,30 @@ def _layout(warps):
 
 
 @gluon.jit
-def merge_splits(
-    attended,
-    partial,
-    stats,
-    sinks,
-    unit,
-    first,
-    count,
-    row_of_group,
-    total_rows,
-    first_row,
-    q_head,
-    token,
-    W: gl.constexpr,
-    R: gl.constexpr,
-    D: gl.constexpr,
-    PROGRAMS: gl.constexpr,
-    GROUP: gl.constexpr,
-    Q_HEADS: gl.constexpr,
-):
-    """Writes the rows of one program of a sequence's `count` splits, items `first` and up.
-
-    `row_of_group` is the program's place among the PROGRAMS of an item, `first_row` its first row, `q_head`
-    and `token` the first query head of its KV head and the first query token of its sequence.
-    """
-    L: gl.constexpr = _layout(W)
+def merge_splits(attended, partial, stats, sinks, unit, rows, first, count, SPEC: gl.constexpr):
+    """Writes a program's rows of a sequence's `count` splits, items `first` and up."""
+    D: gl.constexpr = SPEC.D
+    R: gl.constexpr = SPEC.R
+    L: gl.constexpr = _layout(SPEC.W)
     s = gl.arange(0, _SPLITS, gl.SliceLayout(1, L))[:, None]
     for start in gl.static_range(0, R * D, _ELEMENTS):
         e = start + gl.arange(0, _ELEMENTS, gl.SliceLayout(0, L))
-        row = first_row + e // D
-        used = (e < R * D) & (row < total_rows)
-        out = ((token + row // GROUP) * Q_HEADS + q_head + row % GROUP) * D + e % D
+        row = rows.first + e // D
+        used = (e < R * D) & (row < rows.total)
+        out = place_of(rows, row, SPEC) * D + e % D
         if sinks is None:
             maximum = gl.full([_ELEMENTS], NOTHING, gl.float32, gl.SliceLayout(0, L))
             total = gl.full([_ELEMENTS], 0.0, gl.float32, gl.SliceLayout(0, L))
         else:
-            maximum = gl.load(sinks + q_head + row % GROUP, mask=used, other=0.0).to(gl.float32) * LOG2_E
+            maximum = (
+                gl.load(sinks + rows.query_head + row % SPEC.GROUP, mask=used, other=0.0).to(gl.float32)
+                * LOG2_E
+            )
             total = gl.full([_ELEMENTS], 1.0, gl.float32, gl.SliceLayout(0, L))
         result = gl.full([_ELEMENTS], 0.0, gl.float32, gl.SliceLayout(0, L))
         for begin in range(0, count, _SPLITS):
             there = (begin + s < count) & used[None, :]
-            at = ((first + begin + s) * PROGRAMS + row_of_group) * R + (e // D)[None, :]
+            at = partial_row(first + begin + s, (e // D)[None, :], SPEC)
             # Other programs wrote these: past the L1 cache.
             m = gl.load(stats + at * 2, mask=there, other=NOTHING, cache_modifier=".cg")
             part = gl.load(stats + at * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
@@ -77,60 +60,53 @@ def merge_splits(
 
 
 @gluon.jit
-def store_zeros(
-    attended,
-    total_rows,
-    first_row,
-    q_head,
-    token,
-    W: gl.constexpr,
-    R: gl.constexpr,
-    D: gl.constexpr,
-    GROUP: gl.constexpr,
-    Q_HEADS: gl.constexpr,
-):
+def store_zeros(attended, rows, SPEC: gl.constexpr):
     """Writes zeros where `merge_splits` would write: the result of a sequence without tokens."""
-    L: gl.constexpr = gl.SliceLayout(0, _layout(W))
+    D: gl.constexpr = SPEC.D
+    R: gl.constexpr = SPEC.R
+    L: gl.constexpr = gl.SliceLayout(0, _layout(SPEC.W))
     for start in gl.static_range(0, R * D, _ELEMENTS):
         e = start + gl.arange(0, _ELEMENTS, L)
-        row = first_row + e // D
-        out = ((token + row // GROUP) * Q_HEADS + q_head + row % GROUP) * D + e % D
-        gl.store(
-            attended + out, gl.full([_ELEMENTS], 0.0, gl.float32, L), mask=(e < R * D) & (row < total_rows)
-        )
+        row = rows.first + e // D
+        used = (e < R * D) & (row < rows.total)
+        zeros = gl.full([_ELEMENTS], 0.0, gl.float32, L)
+        gl.store(attended + (place_of(rows, row, SPEC) * D + e % D), zeros, mask=used)
 
 
 @gluon.jit
-def store_alone(
-    attended,
-    d,
-    x,
-    maximum,
-    total,
-    sinks,
-    unit,
-    row,
-    total_rows,
-    q_head,
-    token,
-    D: gl.constexpr,
-    GROUP: gl.constexpr,
-    Q_HEADS: gl.constexpr,
-):
+def store_alone(attended, sinks, unit, rows, d, x, maximum, total, SPEC: gl.constexpr):
     """Writes what `merge_splits` would write of a sequence's only split.
 
-    x, maximum, total: float32 [R, N], [R], [R], x of the coordinates d, [1, N], row: [R], the others as
-    there.
+    x, maximum, total: float32 [R, N], [R], [R], x of the coordinates d, [1, N].
     """
-    head = q_head + row % GROUP
+    row = rows.first + gl.arange(0, SPEC.R, maximum.type.layout)
+    used = row < rows.total
     if sinks is None:
         share = gl.where(maximum > SOMETHING, 1.0, 0.0)
         total = total * share
     else:
-        sink = gl.load(sinks + head, mask=row < total_rows, other=0.0).to(gl.float32) * LOG2_E
+        sink = (
+            gl.load(sinks + rows.query_head + row % SPEC.GROUP, mask=used, other=0.0).to(gl.float32) * LOG2_E
+        )
         highest = gl.maximum(maximum, sink)
         share = gl.where(maximum > SOMETHING, gl.exp2(maximum - highest), 0.0)
         total = total * share + gl.exp2(sink - highest)
     result = gl.where((total == 0.0)[:, None], 0.0, x * (share * unit / total)[:, None])
-    out = ((token + row // GROUP) * Q_HEADS + head) * D
-    gl.store(attended + out[:, None] + d, result, mask=(row < total_rows)[:, None] & (d < D))
+    out = place_of(rows, row, SPEC) * SPEC.D
+    gl.store(attended + out[:, None] + d, result, mask=used[:, None] & (d < SPEC.D))
+
+
+@gluon.jit
+def store_split(partial, stats, d, x, maximum, total, FIRST: gl.constexpr, SPEC: gl.constexpr):
+    """Stores what `merge_splits` reads of this program's split; with the FIRST coordinates its stats."""
+    row = partial_row(gl.program_id(0), gl.arange(0, SPEC.R, maximum.type.layout), SPEC)
+    gl.store(partial + row[:, None] * SPEC.D + d, x, mask=(d < SPEC.D) & (row >= 0)[:, None])
+    if FIRST:
+        gl.store(stats + row * 2, maximum)
+        gl.store(stats + row * 2 + 1, total)
+
+
+@gluon.jit
+def partial_row(item, row, SPEC: gl.constexpr):
+    """Where row `row` of this program's stands among the partial results [items, programs of an item, R]."""
+    return (item * (SPEC.KV_HEADS * SPEC.ROW_GROUPS) + gl.program_id(1)) * SPEC.R + row

@@ -1,4 +1,4 @@
-"""Operands of integer tensor cores: those that `fragments` makes of packed keys, and queries.
+"""Operands of integer tensor cores: how words become them, and those of packed keys.
 
 Every warp has its own pages; a tensor's first two dimensions are [warps, pages of a warp]. Lane 4 r + t of
 a warp stands in row r and column group t of `mma.m16n8k32`'s operands. Each conversion of a layout here is
@@ -17,24 +17,15 @@ _ADDRESS = gl.constexpr("{ .reg .b32 b; mov.b32 b, global_smem; add.s32 $0, b, $
 
 
 @gluon.constexpr_function
-def blocks_of(head_dim, largest):
-    """Pieces of a vector that are read at once: `largest` coordinates, the last one maybe fewer.
-
-    Of 80 and 96 the last one is rounded up to a power of two, at least 32: what stands in place of
-    coordinates that a vector does not have meets zeros of a query, or is not stored.
-    """
-    return tuple(
-        min(largest, max(32, 1 << (head_dim - first - 1).bit_length()))
-        for first in range(0, head_dim, largest)
-    )
+def product_layout(warps):
+    """Of what tensor cores add up: each warp has its own matrices of `mma.m16n8k32`."""
+    return gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[warps, 1, 1], instr_shape=[1, 16, 8])
 
 
 @gluon.constexpr_function
-def item_of(items, *index):
-    """items[i][j]...: subscripts of a constexpr tuple lose that they are constexpr."""
-    for i in index:
-        items = items[i]
-    return items
+def operand_layout(warps, index):
+    """Of the first or second int8 operand, index 0 or 1."""
+    return gl.DotOperandLayout(index, product_layout(warps), 4)
 
 
 @gluon.constexpr_function
@@ -117,10 +108,10 @@ def bytes_of_words(x, W: gl.constexpr, PAGES: gl.constexpr, CHUNKS: gl.constexpr
 
 
 @gluon.jit
-def load_table(pointer, COUNT: gl.constexpr, W: gl.constexpr, P: gl.constexpr):
+def load_table(pointer, COUNT: gl.constexpr, SPEC: gl.constexpr):
     """Words of a table of COUNT. Each lane reads its own copy: a word that the compiler knows to be equal
     in all lanes it keeps in a uniform register and moves at each use."""
-    lane = gl.arange(0, 32, _lane_layout(W, P, 1))
+    lane = gl.arange(0, 32, _lane_layout(SPEC.W, SPEC.P, 1))
     registers = ()
     for i in gl.static_range(COUNT):
         registers = registers + (gl.load(pointer + 32 * i + lane),)
@@ -148,29 +139,21 @@ def join8(o):
 
 
 @gluon.jit
-def key_operand(
-    words,
-    registers,
-    W: gl.constexpr,
-    P: gl.constexpr,
-    BITS: gl.constexpr,
-    BLOCK: gl.constexpr,
-    INDEX: gl.constexpr,
-    ASM: gl.constexpr,
-    A: gl.constexpr,
-):
-    """A lane's words of packed keys, as `ring.load_keys` gives them -> int8 [W, 16 P tokens, BLOCK]."""
-    WIDTH: gl.constexpr = 8 if BITS == 8 else (2 if BITS < 4 else 4)
+def key_operand(words, registers, INDEX: gl.constexpr, SPEC: gl.constexpr):
+    """A lane's words of packed keys of a block, as `ring.load_keys` gives them -> int8 [W, 16 P tokens,
+    coordinates]."""
+    BLOCK: gl.constexpr = SPEC.KEY_BLOCKS[INDEX]
+    WIDTH: gl.constexpr = 8 if SPEC.KEY_BITS == 8 else (2 if SPEC.KEY_BITS < 4 else 4)
     inputs = ()
     for i in gl.static_range(len(words)):
         word = gl.permute(words[i], [0, 1, 3, 2])
         if i * 128 >= BLOCK * WIDTH and BLOCK == 64:
             # Two lanes share a word of a one-bit plane; the second one's bits stand above the first one's.
             lane = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, word.type.layout))))
-            word = word >> ((lane % 2) * (2 if BITS == 3 else 4))[None, None, :, None]
-        inputs = inputs + (bytes_of_words(word, W, P, 2),)
-    inputs = inputs + spread(registers, W, P, 2)
-    if BITS == 8:
+            word = word >> ((lane % 2) * (2 if SPEC.KEY_BITS == 3 else 4))[None, None, :, None]
+        inputs = inputs + (bytes_of_words(word, SPEC.W, SPEC.P, 2),)
+    inputs = inputs + spread(registers, SPEC.W, SPEC.P, 2)
+    if SPEC.KEY_BITS == 8:
         o = ()
         for i in gl.static_range(len(words)):
             o = o + (
@@ -180,8 +163,8 @@ def key_operand(
             )
     elif BLOCK == 128:
         o = gl.inline_asm_elementwise(
-            item_of(ASM, INDEX, 0),
-            item_of(ASM, INDEX, 1),
+            SPEC.KEY_ASM[INDEX][0],
+            SPEC.KEY_ASM[INDEX][1],
             inputs,
             is_pure=True,
             pack=4,
@@ -189,141 +172,20 @@ def key_operand(
         )
     else:
         o = gl.inline_asm_elementwise(
-            item_of(ASM, INDEX, 0),
-            item_of(ASM, INDEX, 1),
+            SPEC.KEY_ASM[INDEX][0],
+            SPEC.KEY_ASM[INDEX][1],
             inputs,
             is_pure=True,
             pack=4,
             dtype=(gl.int8, gl.int8, gl.int8, gl.int8),
         )
     if BLOCK == 128:
-        y = gl.reshape(join8(o), [W, P, 8, 4, 2, 4, 2, 2, 2])  # page, r, t, n0, byte, register (3 bits)
+        y = gl.reshape(
+            join8(o), [SPEC.W, SPEC.P, 8, 4, 2, 4, 2, 2, 2]
+        )  # page, r, t, n0, byte, register (3 bits)
         y = gl.permute(y, [0, 1, 4, 2, 8, 7, 6, 3, 5])  # page n0 r | register t byte
     else:
         y = gl.join(gl.join(o[0], o[1]), gl.join(o[2], o[3]))
-        y = gl.permute(gl.reshape(y, [W, P, 8, 4, 2, 4, 2, 2]), [0, 1, 4, 2, 7, 6, 3, 5])
-    return gl.convert_layout(gl.reshape(y, [W, P * 16, BLOCK]), A, assert_trivial=True)
-
-
-@gluon.jit
-def _load_queries(
-    queries,
-    q_row,
-    seen,
-    BITS: gl.constexpr,
-    BLOCK: gl.constexpr,
-    LEFT: gl.constexpr,
-    B: gl.constexpr,
-):
-    """Rotated queries of a block of coordinates, of which there are LEFT, in the order of the key operand:
-    int8 [W, BLOCK, 2 R]."""
-    k = gl.arange(0, BLOCK, gl.SliceLayout(0, gl.SliceLayout(2, B)))[None, :, None]
-    register = k // 16
-    byte = k % 4
-    if BITS == 2 or BITS == 3:
-        within = 16 * (register // 4) + 8 * (register // 2 % 2) + 2 * byte + register % 2
-    else:
-        within = 4 * register + byte
-    coordinate = (k // 4 % 4) * (BLOCK // 4) + within
-    # Where the second condition always holds, it gives the mask the shape of what is loaded.
-    there = coordinate < LEFT if LEFT < BLOCK else coordinate >= 0
-    return gl.load(queries + q_row + coordinate, mask=seen & there, other=0)
-
-
-@gluon.constexpr_function
-def _query_layout(warps, chunks):
-    """[1, chunks, 32, 16] bytes, a lane's 16 adjacent, which every warp holds."""
-    registers = basis(3, 16, 4) + basis(1, chunks, 4)
-    copies = [[0] * 4 for _ in basis(0, warps, 4)]
-    return gl.DistributedLinearLayout(registers, basis(2, 32, 4), copies, [], [1, chunks, 32, 16])
-
-
-@gluon.constexpr_function
-def _query_word_layout(warps, chunks):
-    """[warps, chunks, 32 lanes, 4 words, 4 bytes]."""
-    registers = basis(4, 4, 5) + basis(3, 4, 5) + basis(1, chunks, 5)
-    return gl.DistributedLinearLayout(
-        registers, basis(2, 32, 5), basis(0, warps, 5), [], [warps, chunks, 32, 4, 4]
-    )
-
-
-@gluon.jit
-def _share_queries(memory, q, W: gl.constexpr, N: gl.constexpr, BLOCK: gl.constexpr):
-    """Puts the operand of a block, int8 [1, BLOCK, N], into shared memory of as many bytes.
-
-    For kernels that need its registers for other things: each warp reads it again for each tile, 16 bytes a
-    lane, by `load_shared_queries`, which does not wait for this store.
-    """
-    CHUNKS: gl.constexpr = BLOCK * N // 512
-    q = gl.reshape(q, [1, BLOCK // 16, 4, 4, N // 8, 8])  # register, t, byte, tile, r
-    q = gl.permute(q, [0, 4, 1, 5, 2, 3])
-    q = gl.reshape(gl.permute(gl.reshape(q, [1, CHUNKS, 4, 32, 4]), [0, 1, 3, 2, 4]), [1, CHUNKS, 32, 16])
-    q = gl.convert_layout(q, _query_layout(W, CHUNKS), assert_trivial=True)
-    layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[3, 2, 1, 0])
-    memory._reinterpret(gl.int8, [1, CHUNKS, 32, 16], layout).store(q)
-
-
-@gluon.jit
-def load_operands(
-    queries,
-    memory,
-    ROWS_BEFORE: gl.constexpr,
-    first_token,
-    first_row,
-    total_rows,
-    first_head,
-    q_heads: gl.constexpr,
-    G: gl.constexpr,
-    W: gl.constexpr,
-    R: gl.constexpr,
-    D: gl.constexpr,
-    BITS: gl.constexpr,
-    SHARED: gl.constexpr,
-    B: gl.constexpr,
-):
-    """Queries, int8 [tokens, q_heads, 2, D], as operands: int8 [W, coordinates, 2 R] for each block of
-    coordinates, whose column 2 r is the high half of row r. With SHARED they go to rows of shared memory from
-    ROWS_BEFORE on instead."""
-    BLOCKS: gl.constexpr = blocks_of(D, 128)
-    column = gl.arange(0, 2 * R, gl.SliceLayout(0, gl.SliceLayout(1, B)))[None, None, :]
-    row = first_row + column // 2
-    token = first_token + row // G
-    query_head = first_head + row % G
-    q_row = ((token * q_heads + query_head) * 2 + column % 2) * D
-    # Zeros that give a tensor its dimension of warps, each of which holds a copy.
-    no_warp = gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, B)))[:, None, None] * 0
-    q = ()
-    used = row < total_rows
-    for i in gl.static_range(len(BLOCKS)):
-        if SHARED:
-            part = _load_queries(queries + i * 128, q_row, used, BITS, BLOCKS[i], D - i * 128, B)
-            _share_queries(memory.index(ROWS_BEFORE + i), part, W, 2 * R, BLOCKS[i])
-        else:
-            of_warp = used & (no_warp == 0)
-            at = queries + i * 128
-            q = q + (_load_queries(at, q_row + no_warp, of_warp, BITS, BLOCKS[i], D - i * 128, B),)
-    if SHARED:
-        gl.thread_barrier()
-    return q
-
-
-@gluon.jit
-def load_shared_queries(
-    AT: gl.constexpr, W: gl.constexpr, N: gl.constexpr, BLOCK: gl.constexpr, B: gl.constexpr
-):
-    """The operand that `_share_queries` put at byte AT of shared memory: int8 [W, BLOCK, N]."""
-    CHUNKS: gl.constexpr = BLOCK * N // 512
-    Q: gl.constexpr = _query_word_layout(W, CHUNKS)
-    L: gl.constexpr = gl.SliceLayout(3, gl.SliceLayout(4, Q))
-    lane = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, L)))[None, None, :]
-    chunk = gl.arange(0, CHUNKS, gl.SliceLayout(0, gl.SliceLayout(2, L)))[None, :, None]
-    no_warp = gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, L)))[:, None, None] * 0
-    a, b, c, d = load_words(shared_address(lane * 16 + no_warp) + (chunk * 512 + AT), 4, 4)
-    x = gl.reshape(gl.join(gl.join(a, c), gl.join(b, d)), [W, CHUNKS, 32, 4])
-    x = gl.convert_layout(x, gl.SliceLayout(4, Q), assert_trivial=True)
-    x, _ = gl.broadcast(x[:, :, :, :, None], gl.full([W, CHUNKS, 32, 4, 4], 0, gl.int32, Q))
-    q = gl.inline_asm_elementwise(MOVE, "=r,r,r,r,r", [x], dtype=gl.int8, is_pure=True, pack=4)
-    q = gl.permute(gl.reshape(q, [W, CHUNKS, 32, 4, 4]), [0, 1, 3, 2, 4])
-    q = gl.reshape(q, [W, N // 8, BLOCK // 16, 8, 4, 4])
-    q = gl.reshape(gl.permute(q, [0, 2, 4, 5, 1, 3]), [W, BLOCK, N])
-    return gl.convert_layout(q, B, assert_trivial=True)
+        y = gl.permute(gl.reshape(y, [SPEC.W, SPEC.P, 8, 4, 2, 4, 2, 2]), [0, 1, 4, 2, 7, 6, 3, 5])
+    y = gl.reshape(y, [SPEC.W, SPEC.P * 16, BLOCK])
+    return gl.convert_layout(y, operand_layout(SPEC.W, 0), assert_trivial=True)

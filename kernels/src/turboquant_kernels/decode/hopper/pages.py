@@ -1,13 +1,29 @@
 """Where a tile's pages are.
 
-A program's tile is W * P pages: P of each warp, [W, P] tensors that every lane of a warp holds. Offsets count
-32-bit words from the start of the cache to the page of KV head 0.
+A program's tile is W * P pages: P of each warp, [W, P] tensors that every lane of a warp holds.
 """
+
+from typing import Any, NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from turboquant_kernels.decode.hopper.operands import basis
+
+
+class Pages(NamedTuple):
+    """The pages of a program's item, of one KV head."""
+
+    words: Any
+    """Pointer to the cache's int32 words, from the head's page 0 of block 0 on."""
+    block_stride: Any
+    """Words from one block to the next."""
+    table_row: Any
+    """Pointer to the sequence's blocks, int32."""
+    first: Any
+    """The item's first page, counted from the sequence's beginning."""
+    end: Any
+    """The page behind its last."""
 
 
 @gluon.constexpr_function
@@ -18,21 +34,28 @@ def page_layout(warps, pages):
     )
 
 
-@gluon.jit
-def pages_of_tile(first_page, end_page, W: gl.constexpr, P: gl.constexpr):
-    """Pages of the tile that begins at `first_page`, int32 [W, P]; those behind the end are the last one."""
-    L: gl.constexpr = page_layout(W, P)
-    mine = gl.arange(0, W, gl.SliceLayout(1, L))[:, None] * P + gl.arange(0, P, gl.SliceLayout(0, L))[None, :]
-    return gl.minimum(first_page + mine, end_page - 1)
+@gluon.constexpr_function
+def offset_type(bits):
+    """Of an offset in the cache."""
+    return gl.int32 if bits == 32 else gl.int64
 
 
 @gluon.jit
-def find_blocks(table_row, page, PAGES_OF_BLOCK: gl.constexpr, OFFSET: gl.constexpr):
-    """The blocks of the cache that hold pages of a sequence, [W, P]."""
-    return gl.load(table_row + page // PAGES_OF_BLOCK).to(OFFSET)
+def find_tile(pages, tile, SPEC: gl.constexpr):
+    """The pages of a tile of the item, and which blocks of the cache hold them: both [W, P].
+
+    Pages behind the end are the last one.
+    """
+    L: gl.constexpr = page_layout(SPEC.W, SPEC.P)
+    mine = gl.arange(0, SPEC.W, gl.SliceLayout(1, L))[:, None] * SPEC.P
+    mine = mine + gl.arange(0, SPEC.P, gl.SliceLayout(0, L))[None, :]
+    page = gl.minimum(pages.first + tile * (SPEC.W * SPEC.P) + mine, pages.end - 1)
+    return page, gl.load(pages.table_row + page // SPEC.PAGES_OF_BLOCK).to(offset_type(SPEC.OFFSET_BITS))
 
 
 @gluon.jit
-def offset_of(block, page, block_stride, PAGES_OF_BLOCK: gl.constexpr, WORDS: gl.constexpr):
-    """Offsets [W, P] of pages, of which one holds WORDS words of all KV heads."""
-    return block * block_stride + (page % PAGES_OF_BLOCK) * WORDS
+def pointers_of(pages, found, SPEC: gl.constexpr):
+    """Pointers to the pages that `find_tile` found, [W, P]."""
+    page, block = found
+    within = page % SPEC.PAGES_OF_BLOCK
+    return pages.words + (block * pages.block_stride + within * (SPEC.KV_HEADS * SPEC.PAGE_WORDS))

@@ -6,9 +6,10 @@ is wanted. A program's shared memory is allocated at once and begins with
 
     [warps, STAGES, P] pages | [warps, STAGES] mbarriers | up to a whole row
 
-Rows have as many bytes as a block of 128 coordinates of the queries. Addresses are tensors of one element a
-warp, [W, 1].
+Rows have as many bytes as a block of 128 coordinates of the queries.
 """
+
+from typing import Any, NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -33,6 +34,15 @@ _SCALES = gl.constexpr(
 )
 _EVICT_FIRST = 0x12F0000000000000
 """The L2 cache's policy for what is read once, as `createpolicy` encodes it."""
+
+
+class Ring(NamedTuple):
+    """Addresses in shared memory, int32 of one element a warp, [W, 1]."""
+
+    tiles: Any
+    """Of the first stage's tile."""
+    arrivals: Any
+    """Of the first stage's mbarrier."""
 
 
 @gluon.constexpr_function
@@ -80,40 +90,43 @@ def _scale_layout(warps, pages):
 
 
 @gluon.jit
-def make_ring(W: gl.constexpr, P: gl.constexpr, PAGE_WORDS: gl.constexpr):
-    """Addresses of each warp's first tile and of its first mbarrier, which are made ready."""
-    warp = gl.arange(0, W, gl.SliceLayout(1, page_layout(W, 1)))[:, None]
-    tiles = shared_address(warp * (STAGES * P * PAGE_WORDS * 4))
-    arrivals = shared_address(warp * (STAGES * 8) + W * STAGES * P * PAGE_WORDS * 4)
+def make_ring(SPEC: gl.constexpr):
+    """The ring, whose mbarriers are made ready."""
+    warp = gl.arange(0, SPEC.W, gl.SliceLayout(1, page_layout(SPEC.W, 1)))[:, None]
+    tiles = shared_address(warp * (STAGES * SPEC.P * SPEC.PAGE_WORDS * 4))
+    arrivals = shared_address(warp * (STAGES * 8) + SPEC.W * STAGES * SPEC.P * SPEC.PAGE_WORDS * 4)
     for stage in gl.static_range(STAGES):
         gl.inline_asm_elementwise(
             _INIT, "=r,r", [arrivals + 8 * stage], dtype=gl.int32, is_pure=False, pack=1
         )
-    return tiles, arrivals
+    return Ring(tiles, arrivals)
 
 
 @gluon.jit
-def fill(
-    tile,
-    arrival,
-    pages,
-    wanted,
-    W: gl.constexpr,
-    P: gl.constexpr,
-    PAGE_WORDS: gl.constexpr,
-    EVICT_FIRST: gl.constexpr,
-):
+def tile_at(ring, stage, SPEC: gl.constexpr):
+    """Addresses of a stage's tile."""
+    return ring.tiles + stage * (SPEC.P * SPEC.PAGE_WORDS * 4)
+
+
+@gluon.jit
+def fill(ring, stage, pages, wanted, SPEC: gl.constexpr):
     """Asks for a tile's pages, pointers [W, P], if `wanted`, once all lanes of the warp are here."""
-    BYTES: gl.constexpr = PAGE_WORDS * 4
-    asked = gl.full([W, 1], 0, gl.int32, arrival.type.layout) + wanted.to(gl.int32)
+    BYTES: gl.constexpr = SPEC.PAGE_WORDS * 4
+    arrival = ring.arrivals + stage * 8
+    asked = gl.full([SPEC.W, 1], 0, gl.int32, arrival.type.layout) + wanted.to(gl.int32)
     gl.inline_asm_elementwise(
-        _expect_text(P * BYTES), "=r,r,r", [arrival, asked], dtype=gl.int32, is_pure=False, pack=1
+        _expect_text(SPEC.P * BYTES), "=r,r,r", [arrival, asked], dtype=gl.int32, is_pure=False, pack=1
     )
-    page = gl.arange(0, P, gl.SliceLayout(0, page_layout(W, P)))[None, :]
+    page = gl.arange(0, SPEC.P, gl.SliceLayout(0, page_layout(SPEC.W, SPEC.P)))[None, :]
     gl.inline_asm_elementwise(
-        _copy_text(BYTES, EVICT_FIRST),
+        _copy_text(BYTES, SPEC.EVICT_FIRST),
         "=r,r,l,r,r",
-        [_each(tile, W, P) + page * BYTES, pages, _each(arrival, W, P), _each(asked, W, P)],
+        [
+            _each(tile_at(ring, stage, SPEC), SPEC) + page * BYTES,
+            pages,
+            _each(arrival, SPEC),
+            _each(asked, SPEC),
+        ],
         dtype=gl.int32,
         is_pure=False,
         pack=1,
@@ -121,17 +134,18 @@ def fill(
 
 
 @gluon.jit
-def _each(x, W: gl.constexpr, P: gl.constexpr):
+def _each(x, SPEC: gl.constexpr):
     """[W, 1] for each of P pages: [W, P]."""
-    L: gl.constexpr = page_layout(W, P)
-    x = gl.convert_layout(gl.reshape(x, [W]), gl.SliceLayout(1, L), assert_trivial=True)
-    y, _ = gl.broadcast(x[:, None], gl.full([W, P], 0, gl.int32, L))
+    L: gl.constexpr = page_layout(SPEC.W, SPEC.P)
+    x = gl.convert_layout(gl.reshape(x, [SPEC.W]), gl.SliceLayout(1, L), assert_trivial=True)
+    y, _ = gl.broadcast(x[:, None], gl.full([SPEC.W, SPEC.P], 0, gl.int32, L))
     return y
 
 
 @gluon.jit
-def wait(arrival, parity):
-    """Returns once the tile has come; `parity` is that of how often its stage was filled before."""
+def wait(ring, stage, parity):
+    """Returns once a stage's tile has come; `parity` is that of how often the stage was filled before."""
+    arrival = ring.arrivals + stage * 8
     parity = gl.full(arrival.shape, 0, gl.int32, arrival.type.layout) + parity
     gl.inline_asm_elementwise(_WAIT, "=r,r,r", [arrival, parity], dtype=gl.int32, is_pure=False, pack=1)
 
@@ -146,14 +160,12 @@ def _words_at_once(words, row):
 def _load_plane(
     tile,
     FIRST: gl.constexpr,
-    W: gl.constexpr,
-    P: gl.constexpr,
     CHUNKS: gl.constexpr,
     WORDS: gl.constexpr,
-    KEYS: gl.constexpr,
     ROW: gl.constexpr,
+    KEYS: gl.constexpr,
     SHARED: gl.constexpr,
-    PAGE_WORDS: gl.constexpr,
+    SPEC: gl.constexpr,
 ):
     """Words of a plane that begins at word FIRST of a page, rows ROW words apart: WORDS [W, P, CHUNKS, 32].
 
@@ -161,17 +173,21 @@ def _load_plane(
     the lane reads quarter t; SHARED lanes read the same words. Else a row is that of four tokens; the lane
     reads row t, of each chunk eighth r.
     """
-    L: gl.constexpr = _word_layout(W, P, CHUNKS)
+    L: gl.constexpr = _word_layout(SPEC.W, SPEC.P, CHUNKS)
     lane = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, L))))[None, None, None, :]
     c = gl.arange(0, CHUNKS, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, L))))[None, None, :, None]
-    page = gl.arange(0, P, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, L))))[None, :, None, None]
+    page = gl.arange(0, SPEC.P, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, L))))[
+        None, :, None, None
+    ]
     if KEYS:
         within = lane // 4 * ROW + lane % 4 // SHARED * WORDS
         STEP: gl.constexpr = 8 * ROW
     else:
         within = lane % 4 * ROW + lane // 4 * WORDS
         STEP: gl.constexpr = 8 * WORDS
-    at = (_of_warp(tile, W, L) + within * 4) + (page * (PAGE_WORDS * 4) + c * (STEP * 4)) + FIRST * 4
+    at = (
+        (_of_warp(tile, SPEC.W, L) + within * 4) + (page * (SPEC.PAGE_WORDS * 4) + c * (STEP * 4)) + FIRST * 4
+    )
     return load_words(at, WORDS, _words_at_once(WORDS, ROW))
 
 
@@ -183,74 +199,73 @@ def _of_warp(tile, W: gl.constexpr, L: gl.constexpr):
 
 
 @gluon.jit
-def load_keys(
-    tile,
-    W: gl.constexpr,
-    P: gl.constexpr,
-    BITS: gl.constexpr,
-    D: gl.constexpr,
-    BLOCK: gl.constexpr,
-    FIRST: gl.constexpr,
-    PAGE_WORDS: gl.constexpr,
-):
-    """Packed keys of coordinates FIRST .. FIRST + BLOCK: the words of one plane after the other."""
+def load_keys(tile, INDEX: gl.constexpr, SPEC: gl.constexpr):
+    """Packed keys of a block of coordinates: the words of one plane after the other."""
+    BITS: gl.constexpr = SPEC.KEY_BITS
+    BLOCK: gl.constexpr = SPEC.KEY_BLOCKS[INDEX]
+    FIRST: gl.constexpr = 128 * INDEX
     WIDTH: gl.constexpr = 8 if BITS == 8 else (2 if BITS < 4 else 4)
-    WORDS: gl.constexpr = BLOCK * WIDTH // 128
-    words = _load_plane(tile, FIRST * WIDTH // 32, W, P, 2, WORDS, True, D * WIDTH // 32, 1, PAGE_WORDS)
+    words = _load_plane(
+        tile, FIRST * WIDTH // 32, 2, BLOCK * WIDTH // 128, SPEC.D * WIDTH // 32, True, 1, SPEC
+    )
     if BITS == 3 or BITS == 5 or BITS == 6:
-        AT: gl.constexpr = D * WIDTH // 2 + FIRST // 32
+        AT: gl.constexpr = SPEC.D * WIDTH // 2 + FIRST // 32
         SHARED: gl.constexpr = 128 // BLOCK
-        words = words + _load_plane(tile, AT, W, P, 2, 1, True, D // 32, SHARED, PAGE_WORDS)
+        words = words + _load_plane(tile, AT, 2, 1, SPEC.D // 32, True, SHARED, SPEC)
         if BITS == 6:
-            words = words + _load_plane(tile, AT + D // 2, W, P, 2, 1, True, D // 32, SHARED, PAGE_WORDS)
+            words = words + _load_plane(tile, AT + SPEC.D // 2, 2, 1, SPEC.D // 32, True, SHARED, SPEC)
     return words
 
 
 @gluon.jit
-def load_values(
-    tile,
-    W: gl.constexpr,
-    P: gl.constexpr,
-    BITS: gl.constexpr,
-    D: gl.constexpr,
-    BLOCK: gl.constexpr,
-    FIRST: gl.constexpr,
-    AT: gl.constexpr,
-    PAGE_WORDS: gl.constexpr,
-):
-    """Packed values, which begin at word AT of a page, of coordinates FIRST .. FIRST + BLOCK: a tensor a
-    plane, [W, P, chunks, 32, words]."""
+def load_values(tile, INDEX: gl.constexpr, SPEC: gl.constexpr):
+    """Packed values of a block of coordinates: a tensor a plane, [W, P, chunks, 32, words]."""
+    BITS: gl.constexpr = SPEC.VALUE_BITS
+    BLOCK: gl.constexpr = SPEC.VALUE_BLOCKS[INDEX]
+    FIRST: gl.constexpr = SPEC.VALUE_BLOCK * INDEX
     WIDTH: gl.constexpr = 2 if BITS == 3 else BITS
     C: gl.constexpr = value_chunks(WIDTH, BLOCK)
-    words = _load_plane(tile, AT + FIRST * WIDTH // 8, W, P, C[0], C[1], False, D * WIDTH // 8, 1, PAGE_WORDS)
-    planes = (_joined(words, W, P, C[0]),)
+    words = _load_plane(
+        tile, SPEC.VALUES_AT + FIRST * WIDTH // 8, C[0], C[1], SPEC.D * WIDTH // 8, False, 1, SPEC
+    )
+    planes = (_joined(words, C[0], SPEC),)
     if BITS == 3:
-        SIGNS: gl.constexpr = AT + D * WIDTH // 2 + FIRST // 8
-        words = _load_plane(tile, SIGNS, W, P, 1, BLOCK // 64, False, D // 8, 1, PAGE_WORDS)
-        planes = planes + (_joined(words, W, P, 1),)
+        SIGNS: gl.constexpr = SPEC.VALUES_AT + SPEC.D * WIDTH // 2 + FIRST // 8
+        words = _load_plane(tile, SIGNS, 1, BLOCK // 64, SPEC.D // 8, False, 1, SPEC)
+        planes = planes + (_joined(words, 1, SPEC),)
     return planes
 
 
 @gluon.jit
-def _joined(words, W: gl.constexpr, P: gl.constexpr, C: gl.constexpr):
+def _joined(words, C: gl.constexpr, SPEC: gl.constexpr):
     """Words [W, P, C, 32] -> [W, P, C, 32, len(words)]."""
     if len(words) == 1:
-        return gl.reshape(words[0], [W, P, C, 32, 1])
+        return gl.reshape(words[0], [SPEC.W, SPEC.P, C, 32, 1])
     elif len(words) == 2:
         return gl.join(words[0], words[1])
     else:
         x = gl.join(gl.join(words[0], words[2]), gl.join(words[1], words[3]))
-        return gl.reshape(x, [W, P, C, 32, 4])
+        return gl.reshape(x, [SPEC.W, SPEC.P, C, 32, 4])
 
 
 @gluon.jit
-def load_scales(tile, W: gl.constexpr, P: gl.constexpr, AT: gl.constexpr, PAGE_WORDS: gl.constexpr):
-    """Key and value scales, which begin at word AT of a page: two float32 [W, P, 2, 8]."""
-    L: gl.constexpr = _scale_layout(W, P)
-    r = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, L))))[None, None, None, :]
-    n0 = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, L))))[None, None, :, None]
-    page = gl.arange(0, P, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, L))))[None, :, None, None]
-    at = (_of_warp(tile, W, L) + r * 4) + (page * (PAGE_WORDS * 4) + n0 * 32) + AT * 4
-    return gl.inline_asm_elementwise(
+def load_scales(tile, L: gl.constexpr, SPEC: gl.constexpr):
+    """Key and value scales of a tile's tokens: two float32 [W, 16 P, 1] in layout L's slice."""
+    S: gl.constexpr = _scale_layout(SPEC.W, SPEC.P)
+    r = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, S))))[None, None, None, :]
+    n0 = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, S))))[None, None, :, None]
+    page = gl.arange(0, SPEC.P, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, S))))[
+        None, :, None, None
+    ]
+    at = (_of_warp(tile, SPEC.W, S) + r * 4) + (page * (SPEC.PAGE_WORDS * 4) + n0 * 32) + SPEC.SCALES_AT * 4
+    key_scale, value_scale = gl.inline_asm_elementwise(
         _SCALES, "=f,=f,r", [at], dtype=(gl.float32, gl.float32), is_pure=False, pack=1
     )
+    return _of_tokens(key_scale, L, SPEC), _of_tokens(value_scale, L, SPEC)
+
+
+@gluon.jit
+def _of_tokens(x, L: gl.constexpr, SPEC: gl.constexpr):
+    """[W, P, 2, 8] -> [W, 16 P, 1]."""
+    x = gl.reshape(x, [SPEC.W, SPEC.P * 16])
+    return gl.convert_layout(x, gl.SliceLayout(2, L), assert_trivial=True)[:, :, None]

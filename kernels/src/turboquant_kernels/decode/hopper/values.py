@@ -12,8 +12,9 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from turboquant_kernels.decode.hopper.operands import (
     MOVE,
     bytes_of_words,
-    item_of,
     join8,
+    operand_layout,
+    product_layout,
     spread,
 )
 
@@ -45,21 +46,17 @@ def value_chunks(bits, block):
 
 
 @gluon.jit
-def value_operand(
-    planes,
-    registers,
-    W: gl.constexpr,
-    P: gl.constexpr,
-    BITS: gl.constexpr,
-    BLOCK: gl.constexpr,
-    ASM: gl.constexpr,
-    A: gl.constexpr,
-):
-    """Packed values, as `ring.load_values` gives them -> the operand whose contraction index are tokens.
+def value_operand(planes, registers, INDEX: gl.constexpr, SPEC: gl.constexpr):
+    """Packed values of a block, as `ring.load_values` gives them -> the operand whose contraction index are
+    tokens.
 
     8 bits: int8 [W, BLOCK coordinates, 16 P tokens]. Else int8 [W, BLOCK / 2 pairs of coordinates, 32 P]:
     of every two tokens (first: low, high; second: low, high).
     """
+    W: gl.constexpr = SPEC.W
+    P: gl.constexpr = SPEC.P
+    BITS: gl.constexpr = SPEC.VALUE_BITS
+    BLOCK: gl.constexpr = SPEC.VALUE_BLOCKS[INDEX]
     WIDTH: gl.constexpr = 2 if BITS == 3 else BITS
     C: gl.constexpr = value_chunks(WIDTH, BLOCK)
     WORDS: gl.constexpr = C[0] * C[1]
@@ -71,8 +68,8 @@ def value_operand(
     elif BITS == 4:
         x = bytes_of_words(gl.reshape(x, [W, P, 32, WORDS]), W, P, WORDS)
         a, b = gl.inline_asm_elementwise(
-            item_of(ASM, 0),
-            item_of(ASM, 1),
+            SPEC.VALUE_ASM[0],
+            SPEC.VALUE_ASM[1],
             (x,) + spread(registers, W, P, WORDS),
             is_pure=True,
             pack=4,
@@ -86,8 +83,8 @@ def value_operand(
         b = bytes_of_words(b, W, P, WORDS // 2)
         plane = bytes_of_words(gl.reshape(planes[1], [W, P, 32, WORDS // 2]), W, P, WORDS // 2)
         o = gl.inline_asm_elementwise(
-            item_of(ASM, 0),
-            item_of(ASM, 1),
+            SPEC.VALUE_ASM[0],
+            SPEC.VALUE_ASM[1],
             (a, b, plane) + spread(registers, W, P, WORDS // 2),
             is_pure=True,
             pack=4,
@@ -100,8 +97,8 @@ def value_operand(
     else:
         x = bytes_of_words(gl.reshape(x, [W, P, 32, WORDS]), W, P, WORDS)
         o = gl.inline_asm_elementwise(
-            item_of(ASM, 0),
-            item_of(ASM, 1),
+            SPEC.VALUE_ASM[0],
+            SPEC.VALUE_ASM[1],
             (x,) + spread(registers, W, P, WORDS),
             is_pure=True,
             pack=4,
@@ -111,12 +108,16 @@ def value_operand(
         y = gl.reshape(y, [W, P, 8, 4, WORDS, 4, 2, 2])  # page, r, t, word, byte, odd, half
         y = gl.permute(y, [0, 4, 6, 2, 1, 7, 3, 5])  # word odd r | page half t byte
     ZEROS: gl.constexpr = 1 if BITS == 8 else 2
-    return gl.convert_layout(gl.reshape(y, [W, BLOCK // ZEROS, P * 16 * ZEROS]), A, assert_trivial=True)
+    y = gl.reshape(y, [W, BLOCK // ZEROS, P * 16 * ZEROS])
+    return gl.convert_layout(y, operand_layout(W, 0), assert_trivial=True)
 
 
 @gluon.jit
-def weights_of(p, W: gl.constexpr, P: gl.constexpr, R: gl.constexpr, B: gl.constexpr, ZEROS: gl.constexpr):
+def weights_of(p, SPEC: gl.constexpr):
     """Weights of 0 to 1, float32 [W, 16 P tokens, R], in fixed point, as a tuple of `_weight_operand`."""
+    W: gl.constexpr = SPEC.W
+    P: gl.constexpr = SPEC.P
+    R: gl.constexpr = SPEC.R
     fixed = p * WEIGHT_ONE + (_MAGIC + 128.0)
     p0, p1 = gl.split(
         gl.permute(gl.reshape(fixed.to(gl.int32, bitcast=True), [W, P, 2, 8, R]), [0, 1, 3, 4, 2])
@@ -126,19 +127,21 @@ def weights_of(p, W: gl.constexpr, P: gl.constexpr, R: gl.constexpr, B: gl.const
         p1 = gl.permute(gl.reshape(p1, [W, P, 8, 2, 4]), [0, 1, 3, 2, 4])
     moved = gl.inline_asm_elementwise(_TRANSPOSED, "=r,r,r", [p0, p1], dtype=gl.int32, is_pure=True, pack=1)
     moved = bytes_of_words(gl.reshape(moved, [W, P * R // 4, 32, 1]), W, P * R // 4, 1)
-    return _weight_operand(moved, W, P, R, B, ZEROS)
+    return _weight_operand(moved, SPEC)
 
 
 @gluon.jit
-def _weight_operand(
-    moved, W: gl.constexpr, P: gl.constexpr, R: gl.constexpr, B: gl.constexpr, ZEROS: gl.constexpr
-):
+def _weight_operand(moved, SPEC: gl.constexpr):
     """Transposed weights, int32 [W, P * R / 4, 32, 1, 4] -> int8 [W, 16 P tokens, 2 R].
 
-    ZEROS: two such operands [W, 32 P, 2 R], each token's weight followed by a zero, and after one.
+    With two pieces two operands [W, 32 P, 2 R]: each token's weight followed by a zero, and after one.
     """
+    W: gl.constexpr = SPEC.W
+    P: gl.constexpr = SPEC.P
+    R: gl.constexpr = SPEC.R
     N: gl.constexpr = R // 4
-    if ZEROS:
+    B: gl.constexpr = operand_layout(W, 1)
+    if SPEC.PIECES == 2:
         a, b = gl.inline_asm_elementwise(
             _LOW_WEIGHTS, "=&r,=&r,r,r,r,r", [moved], dtype=(gl.int8, gl.int8), is_pure=True, pack=4
         )
@@ -159,7 +162,7 @@ def _weight_operand(
 
 
 @gluon.jit
-def sum_values(attended, v, weights, mma: gl.constexpr):
+def sum_values(attended, v, weights, W: gl.constexpr):
     """v @ weights for attended, [W, M, R]: int32 [W, M, 2 R], whose columns are high and low halves.
 
     Integers are summed in the low bits of float32 numbers; those of the high halves count 256 each.
@@ -167,7 +170,7 @@ def sum_values(attended, v, weights, mma: gl.constexpr):
     high = gl.full(attended.shape, _MAGIC_HIGH_BITS, gl.int32, attended.type.layout)
     low = gl.full(attended.shape, _MAGIC_BITS, gl.int32, attended.type.layout)
     shape: gl.constexpr = [attended.shape[0], attended.shape[1], 2 * attended.shape[2]]
-    zero = gl.convert_layout(gl.reshape(gl.join(high, low), shape), mma, assert_trivial=True)
+    zero = gl.convert_layout(gl.reshape(gl.join(high, low), shape), product_layout(W), assert_trivial=True)
     return mma_v2(v, weights, zero)
 
 
@@ -181,7 +184,15 @@ def add_sums(attended, decay, sums):
 
 
 @gluon.jit
-def no_attended(W: gl.constexpr, M: gl.constexpr, R: gl.constexpr, mma: gl.constexpr):
-    """Zeros, float32 [W, M, R], as `add_sums` lays its result out."""
-    zero, _ = gl.split(gl.reshape(gl.full([W, M, 2 * R], 0.0, gl.float32, mma), [W, M, R, 2]))
-    return zero
+def no_sums(SPEC: gl.constexpr):
+    """Zeros as `add_sums` lays its result out: one float32 [W, M, R] for each block and piece of it."""
+    PIECES: gl.constexpr = SPEC.PIECES
+    zeros = ()
+    for i in gl.static_range(len(SPEC.VALUE_BLOCKS)):
+        for _ in gl.static_range(PIECES):
+            products = gl.full(
+                [SPEC.W, SPEC.VALUE_BLOCKS[i] // PIECES, 2 * SPEC.R], 0.0, gl.float32, product_layout(SPEC.W)
+            )
+            zero, _ = gl.split(gl.reshape(products, [SPEC.W, SPEC.VALUE_BLOCKS[i] // PIECES, SPEC.R, 2]))
+            zeros = zeros + (zero,)
+    return zeros

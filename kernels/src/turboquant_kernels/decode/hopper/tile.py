@@ -1,0 +1,155 @@
+"""A tile of pages: what its tokens add to the attention of a program's rows.
+
+Logits are in base 2. A value's scale multiplies its token's weight, so its logarithm is added to the logit
+that the running maximum is taken of, and the weights are relative to that. Levels are step * (c + 1/2): the
+halves enter by the sum of the query's coordinates and the sum of the weights.
+"""
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+from turboquant_kernels.decode.hopper.anchors import load_logits
+from turboquant_kernels.decode.hopper.operands import key_operand, product_layout
+from turboquant_kernels.decode.hopper.queries import query_operand
+from turboquant_kernels.decode.hopper.ring import load_keys, load_scales, load_values
+from turboquant_kernels.decode.hopper.values import add_sums, no_sums, sum_values, value_operand, weights_of
+from turboquant_kernels.decode.logits import LOG2_E, NOTHING
+
+_LOG2 = gl.constexpr("lg2.approx.ftz.f32 $0, $1;")
+
+
+class Attended(NamedTuple):
+    """What each warp knows of the tokens that it has read."""
+
+    maximum: Any
+    """float32 [W, R]: the largest of logits and logarithms of their values' scales."""
+    total: Any
+    """float32 [W, 8, R]: sums of weights, of each lane's own tokens."""
+    scaled: Any
+    """float32 [W, 8, R]: sums of weights times values' scales."""
+    sums: tuple[Any, ...]
+    """Sums of values, as `values.no_sums` lays them out."""
+
+
+class Tables(NamedTuple):
+    """Words of the tables of levels, as `operands.load_table` has them."""
+
+    of_keys: tuple[Any, ...]
+    of_values: tuple[Any, ...]
+
+
+class Limits(NamedTuple):
+    """What is made of logits."""
+
+    seen_by_all: Any
+    """Positions that every row sees, from the first one on."""
+    window: Any
+    """Positions that a row sees, with WINDOW."""
+    soft_cap: Any
+    """In base 2, with SOFT_CAP."""
+
+
+@gluon.jit
+def no_logits(SPEC: gl.constexpr):
+    """Zeros as logits are laid out, float32 [W, 16 P tokens, R]."""
+    products = gl.full([SPEC.W, SPEC.P * 16, 2 * SPEC.R], 0.0, gl.float32, product_layout(SPEC.W))
+    zeros, _ = gl.split(gl.reshape(products, [SPEC.W, SPEC.P * 16, SPEC.R, 2]))
+    return zeros
+
+
+@gluon.jit
+def nothing_attended(SPEC: gl.constexpr):
+    """`Attended` of no tokens."""
+    S: gl.constexpr = no_logits(SPEC).type.layout
+    maximum = gl.full([SPEC.W, SPEC.R], NOTHING, gl.float32, gl.SliceLayout(1, S))
+    zeros = _sum_of_lanes(no_logits(SPEC), SPEC)
+    return Attended(maximum, zeros, zeros, no_sums(SPEC))
+
+
+@gluon.jit
+def attend_tile(attended, tile, position, anchor_logits, index, queries, tables, limits, SPEC: gl.constexpr):
+    """`attended` and a tile that has come to the addresses `tile`, whose first token has this position.
+
+    anchor_logits: what `anchors.store_logits` wrote, with ANCHOR; the tile is number `index` of the run.
+    """
+    s = _products(tile, queries, tables.of_keys, SPEC)
+    S: gl.constexpr = s.type.layout
+    key_scale, value_scale = load_scales(tile, S, SPEC)
+    s = (s * queries.scale[:, None, :] + queries.half_sum[:, None, :]) * key_scale
+    if SPEC.ANCHOR:
+        s += load_logits(anchor_logits, index, gl.SliceLayout(1, S), SPEC)[:, None, :]
+    if SPEC.SOFT_CAP:
+        # cap * tanh(s / cap), of which logits and cap are in base 2.
+        s = limits.soft_cap - 2.0 * limits.soft_cap / (gl.exp2(s * (2.0 * LOG2_E / limits.soft_cap)) + 1.0)
+    weighted = s + _log2_of_scale(value_scale)
+    # Most tiles are seen whole. Slots behind the end hold anything, NaN too.
+    WINDOW: gl.constexpr = SPEC.WINDOW
+    if WINDOW or position + SPEC.W * SPEC.P * 16 > limits.seen_by_all:
+        token = gl.arange(0, SPEC.P * 16, gl.SliceLayout(0, gl.SliceLayout(2, S)))[None, :, None]
+        token += gl.arange(0, SPEC.W, gl.SliceLayout(1, gl.SliceLayout(2, S)))[:, None, None] * (SPEC.P * 16)
+        seen = position + token <= queries.last[:, None, :]
+        if WINDOW:
+            seen = seen & (position + token > queries.last[:, None, :] - limits.window)
+        s = gl.where(seen, s, NOTHING)
+        weighted = gl.where(seen, weighted, NOTHING)
+    maximum = gl.maximum(attended.maximum, gl.max(weighted, axis=1))
+    decay = gl.exp2(attended.maximum - maximum)
+    p = gl.exp2(weighted - maximum[:, None, :])
+    lane_decay = gl.convert_layout(decay, gl.SliceLayout(1, attended.total.type.layout), assert_trivial=True)
+    lane_decay = lane_decay[:, None, :]
+    total = attended.total * lane_decay + _sum_of_lanes(gl.exp2(s - maximum[:, None, :]), SPEC)
+    scaled = attended.scaled * lane_decay + _sum_of_lanes(p, SPEC)
+    sums = _add_values(attended.sums, decay, tile, tables.of_values, weights_of(p, SPEC), SPEC)
+    return Attended(maximum, total, scaled, sums)
+
+
+@gluon.jit
+def _products(tile, queries, registers, SPEC: gl.constexpr):
+    """Integer products of a tile's keys and the queries, halves put together: float32 [W, 16 P tokens, R]."""
+    products = gl.full([SPEC.W, SPEC.P * 16, 2 * SPEC.R], 0, gl.int32, product_layout(SPEC.W))
+    packed = ()
+    for i in gl.static_range(len(SPEC.KEY_BLOCKS)):
+        packed = packed + (load_keys(tile, i, SPEC),)
+    for i in gl.static_range(len(SPEC.KEY_BLOCKS)):
+        k8 = key_operand(packed[i], registers, i, SPEC)
+        products = mma_v2(k8, query_operand(queries, i, SPEC), products)
+    high, low = gl.split(gl.reshape(products, [SPEC.W, SPEC.P * 16, SPEC.R, 2]))
+    return (high * 256 + low).to(gl.float32)
+
+
+@gluon.jit
+def _log2_of_scale(scale):
+    """Base-2 logarithm of fp16 scales in float32. 2**-40 is added, which is nothing to any scale but zero."""
+    return gl.inline_asm_elementwise(
+        _LOG2, "=f,f", [scale + 2.0**-40], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def _sum_of_lanes(x, SPEC: gl.constexpr):
+    """Sums of each lane's own tokens, [W, 16 P tokens, R] -> [W, 8, R]."""
+    return gl.sum(gl.reshape(x, [SPEC.W, 2 * SPEC.P, 8, SPEC.R]), axis=1)
+
+
+@gluon.jit
+def _add_values(sums, decay, tile, registers, weights, SPEC: gl.constexpr):
+    """sums * decay + the tile's values times their weights."""
+    PIECES: gl.constexpr = SPEC.PIECES
+    result = ()
+    for i in gl.static_range(len(SPEC.VALUE_BLOCKS)):
+        v = value_operand(load_values(tile, i, SPEC), registers, i, SPEC)
+        if SPEC.R == 4:
+            # The products of both pieces first is faster where their sums take few registers.
+            products = ()
+            for piece in gl.static_range(PIECES):
+                products = products + (sum_values(sums[PIECES * i + piece], v, weights[piece], SPEC.W),)
+            for piece in gl.static_range(PIECES):
+                result = result + (add_sums(sums[PIECES * i + piece], decay, products[piece]),)
+        else:
+            for piece in gl.static_range(PIECES):
+                x = sums[PIECES * i + piece]
+                result = result + (add_sums(x, decay, sum_values(x, v, weights[piece], SPEC.W)),)
+    return result
