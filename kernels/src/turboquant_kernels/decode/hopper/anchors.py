@@ -19,7 +19,6 @@ from turboquant_kernels.formats import ANCHOR_TOKENS, PAGE_TOKENS
 ANCHOR_PAGES = gl.constexpr(ANCHOR_TOKENS // PAGE_TOKENS)
 """Pages that share an anchor."""
 
-_PREFETCH = gl.constexpr("prefetch.global.L2 [$1]; mov.b32 $0, 0;")
 _ROWS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0]))
 
 
@@ -46,6 +45,12 @@ def _warp_layout(warps, anchors, rows):
 
 
 @gluon.constexpr_function
+def _operand_layout(warps, index):
+    """Of the first or second bf16 operand, index 0 or 1."""
+    return gl.DotOperandLayout(index, product_layout(warps), 8)
+
+
+@gluon.constexpr_function
 def tiles_of_run(pages):
     """Tiles of so many pages a warp that 16 anchors a warp serve."""
     return 16 * ANCHOR_PAGES.value // pages
@@ -62,44 +67,46 @@ def _tiles_of_anchor(warps, pages):
 
 
 @gluon.jit
-def _vectors_of_run(anchors, pages, tile, L: gl.constexpr, SPEC: gl.constexpr):
+def _vectors_of_run(anchors, pages, tile, wanted, L: gl.constexpr, SPEC: gl.constexpr):
     """Where the 16 anchors of each warp begin, from those of a tile on: pointers to bf16, [W, 16, 1].
 
-    Anchors behind the end are the last one.
+    Anchors behind the end are the last one. Not `wanted`, they are any.
     """
     OF_BLOCK: gl.constexpr = SPEC.PAGES_OF_BLOCK // ANCHOR_PAGES
     index = gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(2, L)))[None, :, None]
     index += (pages.first + tile * (SPEC.W * SPEC.P)) // ANCHOR_PAGES
     index += gl.arange(0, SPEC.W, gl.SliceLayout(1, gl.SliceLayout(2, L)))[:, None, None] * 16
     index = gl.minimum(index, (pages.end - 1) // ANCHOR_PAGES)
-    block = gl.load(pages.table_row + index // OF_BLOCK).to(offset_type(SPEC.OFFSET_BITS))
+    block = gl.load(pages.table_row + index // OF_BLOCK, mask=wanted & (index >= 0), other=0)
+    block = block.to(offset_type(SPEC.OFFSET_BITS))
     within = index % OF_BLOCK * (SPEC.KV_HEADS * SPEC.D // 2)
     vector = anchors.words + (block * pages.block_stride + within)
     return vector.to(gl.pointer_type(gl.bfloat16), bitcast=True)
 
 
 @gluon.jit
-def prefetch_anchors(anchors, pages, SPEC: gl.constexpr):
-    """Starts the way of the first run's anchors to the L2 cache: registers to load all at once are few."""
-    L: gl.constexpr = gl.BlockedLayout([1, 2, 1], [1, 8, 4], [SPEC.W, 1, 1], [2, 1, 0])
-    vector = _vectors_of_run(anchors, pages, 0, L, SPEC)
-    quarter = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, L)))[None, None, :]
-    gl.inline_asm_elementwise(
-        _PREFETCH, "=r,l", [vector + quarter * (SPEC.D // 4)], dtype=gl.int32, is_pure=False, pack=1
-    )
+def load_anchors(anchors, pages, tile, wanted, SPEC: gl.constexpr):
+    """The anchors of the run that begins at a tile, whose first page is a multiple of `ANCHOR_PAGES`: bf16
+    [W, 16, 64] for every 64 coordinates; zeros if they are not wanted."""
+    D: gl.constexpr = SPEC.D
+    A: gl.constexpr = _operand_layout(SPEC.W, 0)
+    vector = _vectors_of_run(anchors, pages, tile, wanted, A, SPEC)
+    # The second condition always holds: it gives masks the shape of what is loaded.
+    wanted = wanted & (vector.to(gl.int64, bitcast=True) != 0)
+    operands = ()
+    for first in gl.static_range(0, D, 64):
+        d = first + gl.arange(0, 64, gl.SliceLayout(0, gl.SliceLayout(1, A)))[None, None, :]
+        operands = operands + (gl.load(vector + d, mask=wanted & (d < D), other=0.0),)
+    return operands
 
 
 @gluon.jit
-def store_logits(memory, anchors, pages, tile, rows, SPEC: gl.constexpr):
-    """Makes the logits of the run of tiles that begins at `tile`, whose first page is a multiple of
-    `ANCHOR_PAGES`."""
+def store_logits(memory, loaded, anchors, rows, SPEC: gl.constexpr):
+    """Makes the logits of a run of its anchors, as `load_anchors` has them."""
+    D: gl.constexpr = SPEC.D
     W: gl.constexpr = SPEC.W
     R: gl.constexpr = SPEC.R
-    D: gl.constexpr = SPEC.D
-    MMA: gl.constexpr = product_layout(W)
-    A: gl.constexpr = gl.DotOperandLayout(0, MMA, 8)
-    B: gl.constexpr = gl.DotOperandLayout(1, MMA, 8)
-    vector = _vectors_of_run(anchors, pages, tile, A, SPEC)
+    B: gl.constexpr = _operand_layout(W, 1)
     column = gl.arange(0, 2 * R, gl.SliceLayout(0, gl.SliceLayout(1, B)))[None, None, :]
     row = rows.first + column // 2
     query = (rows.token + row // SPEC.GROUP) * anchors.token_stride
@@ -108,20 +115,13 @@ def store_logits(memory, anchors, pages, tile, rows, SPEC: gl.constexpr):
     no_warp = gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, B)))[:, None, None] * 0
     query += no_warp
     used = (row < rows.total) & (no_warp == 0)
-    products = gl.full([W, 16, 2 * R], 0.0, gl.float32, MMA)
-    for first in gl.static_range(0, D, 64):
-        d = first + gl.arange(0, 64, gl.SliceLayout(0, gl.SliceLayout(1, A)))[None, None, :]
-        if first + 64 > D:
-            # The second condition always holds, as below.
-            a = gl.load(vector + d, mask=(d < D) & (vector.to(gl.int64, bitcast=True) != 0), other=0.0)
-        else:
-            a = gl.load(vector + d)
-        d = first + gl.arange(0, 64, gl.SliceLayout(0, gl.SliceLayout(2, B)))[None, :, None]
-        # Where the second condition always holds, it gives the mask the shape of what is loaded.
+    products = gl.full([W, 16, 2 * R], 0.0, gl.float32, product_layout(W))
+    for i in gl.static_range(len(loaded)):
+        d = i * 64 + gl.arange(0, 64, gl.SliceLayout(0, gl.SliceLayout(2, B)))[None, :, None]
         q = gl.load(anchors.queries + query + d, mask=used & (d < D), other=0.0).to(gl.float32)
         rounded = q.to(gl.bfloat16)
         left = (q - rounded.to(gl.float32)).to(gl.bfloat16)
-        products = mma_v2(a, gl.where(column % 2 == 0, rounded, left), products)
+        products = mma_v2(loaded[i], gl.where(column % 2 == 0, rounded, left), products)
     of_rounded, of_left = gl.split(gl.reshape(products, [W, 16, R, 2]))
     memory._reinterpret(gl.float32, [16 * W, R], _ROWS).store(
         gl.reshape((of_rounded + of_left) * anchors.scale, [16 * W, R])

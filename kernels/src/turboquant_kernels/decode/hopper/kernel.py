@@ -20,7 +20,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from turboquant_kernels.decode.hopper.anchors import Anchors, prefetch_anchors, store_logits, tiles_of_run
+from turboquant_kernels.decode.hopper.anchors import Anchors, load_anchors, store_logits, tiles_of_run
 from turboquant_kernels.decode.hopper.epilogue import merge_warps, share_rows, share_sums
 from turboquant_kernels.decode.hopper.merge import merge_splits, store_alone, store_split, store_zeros
 from turboquant_kernels.decode.hopper.operands import load_table
@@ -104,8 +104,7 @@ def decode_kernel(
     for stage in gl.static_range(STAGES):
         found = found + (find_tile(pages, stage, SPEC),)
     if SPEC.ANCHOR:
-        # Ahead of the pages, which take longer to come than the logits to be made.
-        prefetch_anchors(anchors, pages, SPEC)
+        vectors = load_anchors(anchors, pages, 0, tiles > 0, SPEC)
     ring = make_ring(SPEC)
     for stage in gl.static_range(STAGES):
         fill(ring, stage, pointers_of(pages, found[stage], SPEC), tiles > stage, SPEC)
@@ -123,11 +122,12 @@ def decode_kernel(
         RUN: gl.constexpr = tiles_of_run(SPEC.P)
         gl.static_assert(RUN % (2 * STAGES) == 0)
         for first in range(0, tiles, RUN):
-            store_logits(logits, anchors, pages, first, rows, SPEC)
+            store_logits(logits, vectors, anchors, rows, SPEC)
             end = gl.minimum(first + RUN, tiles)
             attended = _attend_tiles(
                 attended, first, end, tiles, pages, ring, logits, own, levels, limits, SPEC
             )
+            vectors = load_anchors(anchors, pages, end, end < tiles, SPEC)
             # All warps have done with the logits.
             gl.thread_barrier()
     else:
