@@ -52,9 +52,9 @@ def lines(run: Run) -> list[str]:
             f"whole step: {run.step['step_graph_ms']:.4f} ms, {run.step['overhead']:+.0%} over decode alone"
         )
     if run.anchor:
-        told.append(
-            f"with key anchors: {run.anchor['anchor_graph_ms']:.4f} ms, {run.anchor['overhead']:+.1%}"
-        )
+        in_graph = f"{run.anchor['anchor_graph_ms']:.4f} ms in a graph, {run.anchor['overhead']:+.1%}"
+        by_ms = f"; by ms {run.anchor['ms_overhead']:+.1%}" if "ms_overhead" in run.anchor else ""
+        told.append(f"with key anchors: {in_graph}{by_ms}")
     for entry in run.portable:
         shape = Shape(*(entry[field.name] for field in fields(Shape)))
         told.append(

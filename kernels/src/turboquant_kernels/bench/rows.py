@@ -125,8 +125,9 @@ class Run:
     """First shape and format: `decode_graph_ms` alone; `step_graph_ms` with query rotation, store of one
     token a sequence and un-rotation; `overhead`, their quotient minus one."""
     anchor: Mapping[str, float] = field(default_factory=dict)
-    """First shape and format, in blocks of 128 tokens: `plain_graph_ms`; `anchor_graph_ms`, with a key anchor
-    a block; `overhead`, their quotient minus one."""
+    """First shape and format, in blocks of 128 tokens: `plain_ms`, `plain_graph_ms`; `anchor_ms`,
+    `anchor_graph_ms`, with a key anchor a block; `ms_overhead` and, of graphs, `overhead`: their quotients
+    minus one. Runs before 2026-11-30 have those of graphs alone."""
     portable: tuple[Mapping[str, Any], ...] = ()
     """First format on the portable path, one a shape: the fields of `Shape`, ms, graph_ms, relative_error;
     `fa3_bf16_speedup` and `vllm_turboquant_speedup`, by ms, None where the competitor was not measured."""
