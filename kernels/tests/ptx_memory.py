@@ -195,10 +195,6 @@ def _copy(
     cta.copy(mask, to, source, int(size[0]), rest[0])
 
 
-def _prefetch(cta: Cta, mask: np.ndarray, address: np.ndarray) -> None:
-    cta.memory.at(address[mask], 1, np.uint8)
-
-
 def _add_atomically(cta: Cta, mask: np.ndarray, address: np.ndarray, value: np.ndarray) -> np.ndarray:
     data, index = cta.memory.at(address[mask], 4, np.uint32)
     before = np.zeros_like(value)
@@ -280,7 +276,6 @@ EFFECTS = {
     "bar.warp.sync": _NOTHING,
     "fence.proxy.async.shared::cta": _NOTHING,
     "griddepcontrol.launch_dependents": _NOTHING,
-    "prefetch.global.L2": Operation(None, ("address",), _prefetch, True),
     "atom.global.gpu.acq_rel.add.u32": Operation("u32", ("address", "u32"), _add_atomically, True),
     "mbarrier.init.shared::cta.b64": Operation(None, ("address", "u32"), _initialize, True),
     "mbarrier.arrive.expect_tx.shared::cta.b64": Operation("b64", ("address", "u32"), _expect, True),

@@ -40,22 +40,39 @@ def test_the_programs_of_every_format_fit_a_multiprocessor(head_dim, rows, short
 
 
 @pytest.mark.parametrize(
-    ("batch", "context", "window", "pages"),
+    ("fmt", "batch", "context", "window", "pages", "fused"),
     [
-        (1, 32768, None, 1),
-        (1, 131072, None, 2),
-        (1, 131072, 4096, 1),
-        (8, 32768, None, 2),
-        (64, 512, None, 1),
+        ("tq-k3v3", 1, 32768, None, 1, False),
+        ("tq-k3v3", 1, 131072, None, 2, False),
+        ("tq-k3v3", 1, 131072, 4096, 1, False),
+        ("tq-k3v3", 8, 32768, None, 2, False),
+        ("tq-k3v3", 32, 4096, None, 2, False),
+        ("tq-k3v3", 33, 4096, None, 2, True),
+        ("tq-k3v3", 64, 512, None, 1, True),
+        ("tq-k4v4", 1, 131072, None, 1, False),
     ],
 )
-def test_tiles_are_small_where_a_program_has_few(batch, context, window, pages, monkeypatch):
-    monkeypatch.setattr(decode_launch, "_multiprocessors", lambda _: 132)
-    codec = Codec(KVFormat.parse("tq-k3v3"), 128)
-    kv_cache = torch.zeros(1, 16, 8, codec.fmt.slot_bytes(128), dtype=torch.uint8)
-    block_table = torch.zeros(batch, context // 16, dtype=torch.int32)
-    own = decode_launch.Workspace.allocate(codec, kv_cache, block_table, 1, 32, window=window, path="hopper")
+def test_tiles_are_small_where_a_program_has_few(fmt, batch, context, window, pages, fused, monkeypatch):
+    """32 query heads, 8 KV heads of 128; on 132 multiprocessors these have 66 splits at once."""
+    own = workspace(monkeypatch, fmt, 128, 32, batch, context, window)
     assert own.launch.pages == pages
+    assert (own.counters is not None) == fused
+
+
+def test_eight_rows_and_head_dim_256_have_small_tiles_too(monkeypatch):
+    for head_dim, q_heads, context, pages in ((128, 64, 32768, 2), (128, 64, 131072, 4), (256, 16, 8192, 1)):
+        assert workspace(monkeypatch, "tq-k3v3", head_dim, q_heads, 1, context).launch.pages == pages
+
+
+def workspace(monkeypatch, fmt, head_dim, q_heads, batch, context, window=None):
+    """Of 8 KV heads and blocks of 16 tokens, as an H200 would have it."""
+    monkeypatch.setattr(decode_launch, "_multiprocessors", lambda _: 132)
+    codec = Codec(KVFormat.parse(fmt), head_dim)
+    kv_cache = torch.zeros(1, 16, 8, codec.fmt.slot_bytes(head_dim), dtype=torch.uint8)
+    block_table = torch.zeros(batch, context // 16, dtype=torch.int32)
+    return decode_launch.Workspace.allocate(
+        codec, kv_cache, block_table, 1, q_heads, window=window, path="hopper"
+    )
 
 
 def test_hooks_that_watch_compilation_can_write_specializations_down():

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from triton import cdiv, next_power_of_2
 
 from turboquant_kernels.codec import Codec
 from turboquant_kernels.decode.reference import paged_attention
@@ -240,3 +241,38 @@ def test_batches_of_all_sizes_share_memory_and_keep_their_schedules(device) -> N
     assert small.partial.data_ptr() == large.partial.data_ptr()
     assert small.schedule.items.data_ptr() != large.schedule.items.data_ptr()
     assert workspace_of(codec, cache, tables[1], 1, HEADS, None) is small
+    # What a launch depends on besides: how long sequences may be, and the window.
+    wider = torch.zeros(2, 8, dtype=torch.int32, device=device)
+    for other in (
+        workspace_of(codec, cache, wider, 1, HEADS, None),
+        workspace_of(codec, cache, tables[1], 1, HEADS, 20),
+    ):
+        assert other is not small
+        assert other.partial.data_ptr() == small.partial.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("fmt", "head_dim", "heads", "window"),
+    [("tq-k3v3", 128, 32, 1024), ("tq-k3v3", 128, 64, None), ("tq-k3v3", 256, 16, 1024)],
+)
+def test_what_any_batch_size_compiles_is_compiled_ahead(fmt, head_dim, heads, window, monkeypatch) -> None:
+    """On a GPU of 132 multiprocessors, where tiles and merging change at sizes that are no powers of two."""
+    from turboquant_kernels.decode import launch
+    from turboquant_runtime.backends.rehearsal import batch_sizes_to_compile
+
+    monkeypatch.setattr(launch, "_multiprocessors", lambda _: 132)
+    monkeypatch.setattr(launch, "path_of", lambda *_: "hopper")
+    codec = Codec(KVFormat.parse(fmt), head_dim)
+    cache = torch.zeros(1, 16, 8, codec.fmt.slot_bytes(head_dim), dtype=torch.uint8)
+    table = torch.zeros(96, 512, dtype=torch.int32)
+
+    def kernels(num_seqs: int) -> tuple[object, ...]:
+        own = launch.Workspace.allocate(codec, cache, table[:num_seqs], 1, heads, window=window)
+        merged = own.counters is None and min(64, next_power_of_2(cdiv(len(own.schedule.items), num_seqs)))
+        return own.launch, merged, next_power_of_2(num_seqs)
+
+    sizes = batch_sizes_to_compile(codec, cache, table, 1, heads, window)
+    assert sizes[0] == 96
+    assert len(sizes) < 24
+    assert {kernels(n) for n in sizes} == {kernels(n) for n in range(1, 97)}
+    assert {kernels(1 << i) for i in range(7)} | {kernels(96)} < {kernels(n) for n in sizes}

@@ -69,6 +69,9 @@ for variant in [AotVariant("early", early, POINTERS), *first_of_each.values()]:
         kernel = build(variant, capability)
         result = {"ptx": kernel.asm["ptx"], "early": kernel.metadata.launch_pdl}
         print(json.dumps({"variant": variant.name, "capability": capability, **result}))
+for variant in shipped():
+    if variant.name in ("decode-hopper-k4v4-d128-r4", "decode-hopper-k4v4-d128-r4-split"):
+        print(json.dumps({"variant": variant.name, "capability": 90, "ahead": build(variant, 90).asm["ptx"]}))
 """
 
 
@@ -126,3 +129,10 @@ def test_kernels_that_are_launched_early_wait_before_they_touch_memory(compiled)
         assert after
         # Then the next kernel knows that everything before this one has ended.
         assert ptx.find("griddepcontrol.launch_dependents") in (-1, *range(wait, len(ptx)))
+
+
+def test_decode_lets_a_merge_come_early_where_there_is_one(compiled):
+    fused, split = (compiled[f"decode-hopper-k4v4-d128-r4{end}", 90].ahead for end in ("", "-split"))
+    assert "griddepcontrol" not in fused
+    assert split.count("griddepcontrol.launch_dependents") == 1
+    assert "griddepcontrol.wait" not in split

@@ -35,8 +35,8 @@ BF16_ROUNDING = 2.0**-8
 """Half a unit in the last place, relative: what the cast of the output may add."""
 
 PREFILL_ERROR = {torch.float32: 1e-5, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
-"""Relative error of prefill by its dtype: four times its largest rounding, since keys, values, turned queries
-and results are rounded to it. Chunks of one query and one head come to half of that, others to a quarter."""
+"""Relative error of prefill by its dtype, to which keys, values, turned queries and results are rounded: of
+16-bit types four times the largest rounding. A chunk of one query and one head has come to half of that."""
 
 PREFILL_ERROR_PROD = 1e-3
 """The same for prod where it is larger, since S is rounded to float16."""

@@ -40,7 +40,7 @@ CASES = 2000
 
 _WARM_BUDGET = 200
 _MOST_PROCESSES = 20
-"""Each takes a gigabyte of the GPU's memory, and twenty where a cache is large (`cases.FAR_BYTES`)."""
+"""Each takes a gigabyte of the GPU's memory, and 20 GB where a cache is large (`cases.FAR_BYTES`)."""
 
 
 @dataclass

@@ -90,11 +90,11 @@ class CompileTimes:
     def _note(self, *, src: Any, metadata: Any, metadata_group: Any, times: Any, cache_hit: bool) -> None:
         if cache_hit or not src.fn.__module__.startswith(__package__.partition(".")[0]):
             return
-        numbers = (
-            f"{src.fn.arg_names[place[0]]}={value}"
-            for place, value in sorted(src.constants.items())
-            if isinstance(value, int)
-        )
+        constants = {src.fn.arg_names[place[0]]: value for place, value in sorted(src.constants.items())}
+        for value in list(constants.values()):
+            if hasattr(value, "_asdict"):  # a named tuple of them
+                constants |= value._asdict()
+        numbers = (f"{name}={value}" for name, value in constants.items() if isinstance(value, int))
         self.seconds[f"{src.name}[{', '.join(numbers)}]"] = times.total * 1e-6
 
 

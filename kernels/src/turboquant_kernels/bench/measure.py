@@ -182,7 +182,7 @@ class Benchmark:
     def _anchor(self, shape: Shape, codec: Codec) -> None:
         """What one stored anchor for each KV head and 128 tokens costs."""
         anchored = Codec(replace(codec.fmt, anchor=True), codec.head_dim)
-        found = self._extra["anchor"] = {}
+        found: dict[str, float] = {}
         for name, one in (("plain", codec), ("anchor", anchored)):
             calls = [
                 subject.decode(equal_step(one, shape, self.device, block_size=ANCHOR_TOKENS, seed=seed))
@@ -192,6 +192,7 @@ class Benchmark:
             found[f"{name}_graph_ms"] = clocks.rotating_ms(calls)
         found["ms_overhead"] = found["anchor_ms"] / found["plain_ms"] - 1
         found["overhead"] = found["anchor_graph_ms"] / found["plain_graph_ms"] - 1
+        self._extra["anchor"] = found
 
     def _portable(self, shape: Shape, codec: Codec) -> None:
         """The portable path, beside what the competitors of this shape took just before."""

@@ -9,8 +9,11 @@ kernels before a request waits for them.
 from typing import Any
 
 import torch
+import triton
 from vllm.config import VllmConfig
 
+from turboquant_kernels.codec import Codec
+from turboquant_kernels.decode.launch import Workspace
 from turboquant_kernels.prefill.attention import scratch_tokens
 from turboquant_kernels.store.kernel import store
 from turboquant_runtime.backends.step import Decodes, Prefills, decode_limit
@@ -39,26 +42,42 @@ def rehearse(
     prefills = Prefills([0, tokens], [length], _block_table(1, length, block_size, device))
     impl.prefill(codec, query, kv_cache, prefills, out)
 
-    longest = config.model_config.max_model_len
     most = config.scheduler_config.max_num_seqs
+    table = _block_table(most, config.model_config.max_model_len, block_size, device)
     limit = decode_limit(config)
     # The largest first: it reserves the memory that the others share.
     for query_len in sorted({1, max(1, limit - 1), limit}, reverse=True):
-        for num_seqs in (most, *_powers_of_two_below(most)):
+        shape = (query_len, impl.num_heads, impl.sliding_window)
+        for num_seqs in batch_sizes_to_compile(codec, kv_cache, table, *shape):
             decodes = Decodes(
                 query_len,
                 num_seqs * query_len,
                 None,
                 torch.full((num_seqs,), query_len, dtype=torch.int32, device=device),
-                _block_table(num_seqs, longest, block_size, device),
+                table[:num_seqs],
             )
             batch = query.new_zeros(num_seqs * query_len, *query.shape[1:])
             impl.decode(codec, batch, kv_cache, decodes, torch.empty_like(batch))
 
 
-def _powers_of_two_below(most: int) -> list[int]:
-    """Batch sizes for which a kernel is compiled: the schedule's has a size of its own for each."""
-    return [1 << i for i in range((most - 1).bit_length())]
+def batch_sizes_to_compile(
+    codec: Codec,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    query_len: int,
+    q_heads: int,
+    window: int | None,
+) -> list[int]:
+    """Numbers of sequences, up to those of the block table and these first, that between them take every
+    kernel of decode attention which any number takes."""
+    sizes: dict[tuple[object, ...], int] = {}
+    for num_seqs in range(len(block_table), 0, -1):
+        own = Workspace.allocate(codec, kv_cache, block_table[:num_seqs], query_len, q_heads, window=window)
+        # The schedule's kernel has a size for the number of sequences, the merge's for their splits.
+        splits = triton.cdiv(len(own.schedule.items), num_seqs)
+        rounded = [triton.next_power_of_2(n) for n in (num_seqs, splits)]
+        sizes.setdefault((own.launch, own.counters is None, *rounded), num_seqs)
+    return list(sizes.values())
 
 
 def _first_of_its_shape(impl: Any, layer: Any, config: VllmConfig) -> Any:
@@ -83,5 +102,7 @@ def _shape(impl: Any, layer: Any) -> tuple[Any, ...]:
 
 
 def _block_table(num_seqs: int, length: int, block_size: int, device: torch.device) -> torch.Tensor:
-    """Sequences that read the one block again and again."""
-    return torch.zeros(num_seqs, -(-length // block_size), dtype=torch.int32, device=device)
+    """Sequences that read the one block again and again, in rows as wide as vLLM's: of whole 128 tokens."""
+    aligned = max(1, 128 // block_size)
+    width = triton.cdiv(triton.cdiv(length, block_size), aligned) * aligned
+    return torch.zeros(num_seqs, width, dtype=torch.int32, device=device)
