@@ -3,6 +3,7 @@
 FlashAttention, which it needs of vLLM, is PyTorch's own attention here. On a GPU the same tests run compiled.
 """
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -265,13 +266,14 @@ def test_what_any_batch_size_compiles_is_compiled_ahead(fmt, head_dim, heads, wi
     codec = Codec(KVFormat.parse(fmt), head_dim)
     cache = torch.zeros(1, 16, 8, codec.fmt.slot_bytes(head_dim), dtype=torch.uint8)
     table = torch.zeros(96, 512, dtype=torch.int32)
+    allocate = partial(launch.Workspace.allocate, codec, cache, query_len=1, q_heads=heads, window=window)
 
     def kernels(num_seqs: int) -> tuple[object, ...]:
-        own = launch.Workspace.allocate(codec, cache, table[:num_seqs], 1, heads, window=window)
+        own = allocate(table[:num_seqs])
         merged = own.counters is None and min(64, next_power_of_2(cdiv(len(own.schedule.items), num_seqs)))
         return own.launch, merged, next_power_of_2(num_seqs)
 
-    sizes = batch_sizes_to_compile(codec, cache, table, 1, heads, window)
+    sizes = batch_sizes_to_compile(table, allocate)
     assert sizes[0] == 96
     assert len(sizes) < 24
     assert {kernels(n) for n in sizes} == {kernels(n) for n in range(1, 97)}

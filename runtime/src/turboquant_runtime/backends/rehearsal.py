@@ -6,13 +6,14 @@ and sums, the decode's partial results. Playing both roads on a cache of one blo
 kernels before a request waits for them.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import triton
 from vllm.config import VllmConfig
 
-from turboquant_kernels.codec import Codec
 from turboquant_kernels.decode.launch import Workspace
 from turboquant_kernels.prefill.attention import scratch_tokens
 from turboquant_kernels.store.kernel import store
@@ -47,8 +48,15 @@ def rehearse(
     limit = decode_limit(config)
     # The largest first: it reserves the memory that the others share.
     for query_len in sorted({1, max(1, limit - 1), limit}, reverse=True):
-        shape = (query_len, impl.num_heads, impl.sliding_window)
-        for num_seqs in batch_sizes_to_compile(codec, kv_cache, table, *shape):
+        allocate = partial(
+            Workspace.allocate,
+            codec,
+            kv_cache,
+            query_len=query_len,
+            q_heads=impl.num_heads,
+            window=impl.sliding_window,
+        )
+        for num_seqs in batch_sizes_to_compile(table, allocate):
             decodes = Decodes(
                 query_len,
                 num_seqs * query_len,
@@ -61,18 +69,13 @@ def rehearse(
 
 
 def batch_sizes_to_compile(
-    codec: Codec,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    query_len: int,
-    q_heads: int,
-    window: int | None,
+    block_table: torch.Tensor, allocate: Callable[[torch.Tensor], Workspace]
 ) -> list[int]:
     """Numbers of sequences, up to those of the block table and these first, that between them take every
-    kernel of decode attention which any number takes."""
+    kernel of decode attention which any number takes. `allocate` makes the workspace of a block table."""
     sizes: dict[tuple[object, ...], int] = {}
     for num_seqs in range(len(block_table), 0, -1):
-        own = Workspace.allocate(codec, kv_cache, block_table[:num_seqs], query_len, q_heads, window=window)
+        own = allocate(block_table[:num_seqs])
         # The schedule's kernel has a size for the number of sequences, the merge's for their splits.
         splits = triton.cdiv(len(own.schedule.items), num_seqs)
         rounded = [triton.next_power_of_2(n) for n in (num_seqs, splits)]
