@@ -194,6 +194,7 @@ OPERATIONS = {
     **_of("mul.wide.u32", _wide_product, "u64"),
     **_of("mad.lo.s32 mad.lo.s64", lambda a, b, c: a * b + c),
     **_of("mad.wide.s32", lambda a, b, c: _wide_product(a, b) + c, "s64", "s32 s32 s64"),
+    **_of("mad.wide.u16", lambda a, b, c: _wide_product(a, b) + c, "u32", "u16 u16 u32"),
     **_of("mad.wide.u32", lambda a, b, c: _wide_product(a, b) + c, "u64", "u32 u32 u64"),
     **_of("neg.s32 neg.f32", np.negative),
     **_of("min.s32 min.u32 min.s64 min.f32", np.fmin),

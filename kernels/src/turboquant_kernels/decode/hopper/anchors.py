@@ -126,7 +126,7 @@ def store_logits(memory, loaded, anchors, rows, SPEC: gl.constexpr):
     memory._reinterpret(gl.float32, [16 * W, R], _ROWS).store(
         gl.reshape((of_rounded + of_left) * anchors.scale, [16 * W, R])
     )
-    gl.thread_barrier()
+    gl.barrier()
 
 
 @gluon.jit

@@ -129,14 +129,14 @@ def decode_kernel(
             )
             vectors = load_anchors(anchors, pages, end, end < tiles, SPEC)
             # All warps have done with the logits.
-            gl.thread_barrier()
+            gl.barrier()
     else:
         attended = _attend_tiles(attended, 0, tiles, tiles, pages, ring, memory, own, levels, limits, SPEC)
     memory._keep_alive()
     if not SPEC.FUSED:
         gdc_launch_dependents()  # `decode.merge` comes while this ends
     # What follows uses the ring's memory, from which other warps may still read.
-    gl.thread_barrier()
+    gl.barrier()
 
     total = gl.convert_layout(gl.sum(attended.total, axis=1), ROW)
     half_weight = gl.convert_layout(gl.sum(attended.scaled, axis=1), ROW) * (0.5 * WEIGHT_ONE)  # of c + 1/2
@@ -161,11 +161,11 @@ def decode_kernel(
     if SPEC.FUSED:
         if count == 1:
             return
-        gl.thread_barrier()
+        gl.barrier()
         counter = counters + sequence * (SPEC.KV_HEADS * SPEC.ROW_GROUPS) + gl.program_id(1)
         arrived = gl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
         if arrived == count - 1:
-            gl.thread_barrier()
+            gl.barrier()
             first = gl.load(splits + 2 * sequence)
             merge_splits(attended_out, partial, stats, sinks, unit, rows, first, count, SPEC)
             gl.store(counter, 0)

@@ -85,7 +85,7 @@ def _load_operands(codes, rows, memory, SPEC: gl.constexpr):
             of_warp = used & (no_warp == 0)
             operands = operands + (_load_operand(codes + i * 128, at + no_warp, of_warp, i, SPEC),)
     if SPEC.SHARED_QUERIES:
-        gl.thread_barrier()
+        gl.barrier()
     return operands
 
 
