@@ -10,7 +10,7 @@ pytestmark = pytest.mark.engine
 @pytest.fixture(scope="module")
 def options() -> list[set[str]]:
     """The options of `vllm serve`, each as the set of its spellings."""
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     return [set(action.option_strings) for action in make_arg_parser(FlexibleArgumentParser())._actions]

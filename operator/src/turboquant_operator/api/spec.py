@@ -53,6 +53,7 @@ OWNED_FLAGS = {
     "--data-parallel-size": "spec.replicas",
     "-dp": "spec.replicas",
     "--gpu-memory-utilization": "spec.engine.gpuMemoryUtilizationPercent",
+    "--device-memory-utilization": "spec.engine.gpuMemoryUtilizationPercent",
     "--api-key": "spec.service.apiKeySecretRef",
     "--port": "spec.service.port",
     "--host": "the operator (all addresses of the pod)",
