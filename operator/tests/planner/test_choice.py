@@ -93,9 +93,17 @@ class TestFormat:
         answer = refusal(spec(kvCache={"skipLayers": [32]}), facts("llama-3.1-8b"))
         assert (answer.type, answer.reason) == ("Accepted", "UnknownLayer")
 
-    def test_skipped_layers_beside_sliding_windows_are_refused(self, spec, facts):
-        answer = refusal(spec(kvCache={"skipLayers": [0]}), facts("gemma-3-270m"))
-        assert (answer.type, answer.reason) == ("Accepted", "UnsupportedLayerFormats")
+    def test_what_layers_of_different_bytes_cost_beside_sliding_windows_is_told(self, spec, facts):
+        gemma, own = facts("gemma-3-270m"), {"format": "tq-k4v4"}
+        layers = tuple(KVFormat(8, 4) if i % 6 == 5 else KVFormat(4, 4) for i in range(gemma.layers))
+        mixed = make_plan(spec(), gemma, kv_plan=KVPlan(layers))
+        (told,) = [reason for reason in mixed.reasons if "padding" in reason]
+        assert "27% of the cache is padding" in told
+        for plan in (
+            planned(spec(kvCache=own), gemma),
+            planned(spec(kvCache=own | {"skipLayers": [0]}), gemma),
+        ):
+            assert "padding" not in " ".join(plan.reasons)
 
 
 class TestImages:

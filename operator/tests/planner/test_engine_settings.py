@@ -8,12 +8,19 @@ from turboquant_operator.planner.engine import engine_settings
 
 H100 = catalogue()["nvidia-h100-80gb"]
 A100 = catalogue()["nvidia-a100-80gb"]
+B200 = catalogue()["nvidia-b200-180gb"]
 L4 = catalogue()["nvidia-l4-24gb"]
 
 
 @pytest.mark.parametrize(
     ("gpu", "block", "tokens", "sequences"),
-    [(None, 128, 2048, 128), (H100, 16, 8192, 1024), (A100, 16, 2048, 256), (L4, 16, 2048, 256)],
+    [
+        (None, 128, 2048, 128),
+        (B200, 16, 16384, 1024),
+        (H100, 16, 8192, 1024),
+        (A100, 16, 2048, 256),
+        (L4, 16, 2048, 256),
+    ],
 )
 def test_defaults_by_device(gpu, block, tokens, sequences):
     found = engine_settings((), gpu, 131_072)
@@ -49,6 +56,12 @@ def test_throughput_mode_doubles_the_defaults():
 def test_dtype_and_eager_are_read():
     found = engine_settings(["--dtype", "half", "--enforce-eager"], H100, 4096)
     assert (found.dtype, found.compiled) == ("float16", False)
+
+
+def test_steps_overlap_on_gpus_unless_told_not_to():
+    assert engine_settings((), H100, 4096).in_flight_tokens(pipeline=1) == 2 * 8192
+    assert engine_settings(["--no-async-scheduling"], H100, 4096).in_flight_tokens(pipeline=1) == 8192
+    assert engine_settings(["--async-scheduling"], None, 4096).in_flight_tokens(pipeline=1) == 2048
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,12 @@ CASES: dict[str, dict[str, Any]] = {
         "max_model_len": 2048,
         "skip_layers": [0, 5],
     },
+    "fp8 beside plain layers": {
+        "cache_dtype": "fp8",
+        "memory": 2**34,
+        "max_model_len": 2048,
+        "skip_layers": [0, 5],
+    },
     "unbiased keys": {"cache_dtype": "tq-k3v4-prod", "memory": 2**33, "max_model_len": 512},
 }
 
@@ -99,8 +105,5 @@ def test_facts_are_the_engines(engine, config, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_tokens_are_the_engines(engine, config, name, case):
     answer, found = engine[name][list(CASES).index(case)], predicted(name, CASES[case], config)
-    assert "failed" not in answer, answer
-    if "refused" in answer:
-        assert found.cache_layout is None, answer["refused"]
-    else:
-        assert (found.settings.batched_tokens, found.tokens) == (answer["batched_tokens"], answer["tokens"])
+    assert "tokens" in answer, answer
+    assert (found.settings.batched_tokens, found.tokens) == (answer["batched_tokens"], answer["tokens"])

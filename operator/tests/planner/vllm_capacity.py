@@ -21,9 +21,12 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader.utils import get_model_architecture
+from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.torch_utils import set_default_torch_dtype
+from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
 from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity, get_kv_cache_configs
+from vllm.v1.worker.utils import customize_attention_spec
 
 
 def engine_config(folder: Path, case: dict[str, Any]) -> VllmConfig:
@@ -43,7 +46,7 @@ def engine_config(folder: Path, case: dict[str, Any]) -> VllmConfig:
 
 
 def cache_specs(config: VllmConfig) -> dict[str, Any]:
-    """The cache spec of every attention layer."""
+    """The cache spec of every attention layer; the config is told the layout that their backends share."""
     with set_current_vllm_config(config):
         if not torch.distributed.is_initialized():
             with tempfile.NamedTemporaryFile(delete=False) as store:
@@ -52,12 +55,20 @@ def cache_specs(config: VllmConfig) -> dict[str, Any]:
         model_class, _ = get_model_architecture(config.model_config)
         with torch.device("meta"), set_default_torch_dtype(config.model_config.dtype):
             model_class(vllm_config=config, prefix="")
-    layers = config.compilation_config.static_forward_context
-    return {
-        name: layer.get_kv_cache_spec(config)
-        for name, layer in layers.items()
-        if hasattr(layer, "get_kv_cache_spec")
-    }
+        current_platform.update_block_size_for_backend(config)  # as a worker does once the model is loaded
+        layers = {
+            name: layer
+            for name, layer in config.compilation_config.static_forward_context.items()
+            if hasattr(layer, "get_kv_cache_spec")
+        }
+        backends = {name: layer.get_attn_backend() for name, layer in layers.items()}
+        specs = {
+            name: customize_attention_spec(backends[name], layer.get_kv_cache_spec(config))
+            for name, layer in layers.items()
+        }
+        supported = get_supported_kv_cache_layouts(dict.fromkeys(backends.values()))
+        resolve_kv_cache_layout(config, [[layout.name for layout in supported]], specs.values())
+    return specs
 
 
 def answer(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
@@ -89,7 +100,10 @@ def main() -> None:
         for path in map(Path, sys.argv[1:]):
             folder = Path(scratch) / path.stem
             folder.mkdir()
-            (folder / "config.json").write_text(path.read_text())
+            document = json.loads(path.read_text())
+            # The weights' quantization says nothing about the cache, and not every kind has kernels on a CPU.
+            document.pop("quantization_config", None)
+            (folder / "config.json").write_text(json.dumps(document))
             answers[path.stem] = []
             for case in cases:
                 try:

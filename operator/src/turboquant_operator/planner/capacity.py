@@ -1,4 +1,4 @@
-"""How many tokens a cache of given bytes holds: the rule of vLLM 0.25.1, without vLLM.
+"""How many tokens a cache of given bytes holds: the rule of vLLM 0.32.0, without vLLM.
 
 Source: v1/core/kv_cache_utils.py, `get_kv_cache_groups` (which layers share blocks),
 `get_kv_cache_config_from_groups` (how many blocks there are) and `get_kv_cache_capacity` (the tokens that
@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
-from turboquant_kernels.formats import BF16, KVFormat
-from turboquant_operator.planner.engine import WINDOW_BLOCK_TOKENS, EngineSettings
+from turboquant_kernels.formats import BF16, PAGE_TOKENS, KVFormat
+from turboquant_operator.planner.engine import EngineSettings
 from turboquant_operator.planner.facts import ELEMENT_BYTES, ModelFacts
 
 
@@ -23,6 +23,14 @@ class LayerCache:
     window: int | None
     block_tokens: int
     block_bytes: int
+    """Bytes that the block's tokens take."""
+    padding_bytes: int = 0
+    """Bytes at the block's end that nothing uses."""
+
+    @property
+    def page_bytes(self) -> int:
+        """What the block takes of the pool."""
+        return self.block_bytes + self.padding_bytes
 
 
 @dataclass(frozen=True)
@@ -32,27 +40,37 @@ class CacheLayout:
     bytes_per_block: int
     """Bytes of one block number, of all layers that it stands for."""
     groups: tuple[LayerCache, ...]
-    """One per block table: layers of one group are filled alike. `block_bytes` is that of one layer."""
+    """One per block table: layers of one group are filled alike. The bytes are those of one layer."""
 
-    def blocks_per_sequence(self, context_length: int, batched_tokens: int) -> int:
-        """Blocks that one sequence of the full context needs at its peak, in all groups."""
-        return sum(_blocks(group, context_length, batched_tokens) for group in self.groups)
+    @property
+    def padding_percent(self) -> int:
+        """Share of the memory that is padding inside blocks, in whole percent."""
+        padding = sum(group.padding_bytes for group in self.groups)
+        return round(100 * padding / sum(group.page_bytes for group in self.groups))
 
-    def tokens(self, memory: int, context_length: int, batched_tokens: int) -> int:
+    def blocks_per_sequence(self, context_length: int, in_flight_tokens: int) -> int:
+        """Blocks that one sequence of the full context needs at its peak, in all groups.
+
+        `in_flight_tokens`: most tokens of all steps that have begun and not ended, whose blocks a sliding
+        window cannot give up yet.
+        """
+        return sum(_blocks(group, context_length, in_flight_tokens) for group in self.groups)
+
+    def tokens(self, memory: int, context_length: int, in_flight_tokens: int) -> int:
         """`kv_cache_size_tokens` for `memory` bytes, in the engine's own floating-point steps."""
         concurrency = (
-            memory // self.bytes_per_block / self.blocks_per_sequence(context_length, batched_tokens)
+            memory // self.bytes_per_block / self.blocks_per_sequence(context_length, in_flight_tokens)
         )
         return int(concurrency * context_length)
 
-    def sequences(self, memory: int, context_length: int, batched_tokens: int) -> int:
+    def sequences(self, memory: int, context_length: int, in_flight_tokens: int) -> int:
         """Sequences of the full context that fit at once. One block is the engine's null block."""
         usable = max(0, memory // self.bytes_per_block - 1)
-        return usable // self.blocks_per_sequence(context_length, batched_tokens)
+        return usable // self.blocks_per_sequence(context_length, in_flight_tokens)
 
 
 def layer_caches(
-    facts: ModelFacts, formats: Sequence[KVFormat], tensor: int, settings: EngineSettings
+    facts: ModelFacts, formats: tuple[KVFormat, ...], tensor: int, settings: EngineSettings
 ) -> tuple[LayerCache, ...]:
     """The cache of each layer on one of `tensor` devices; KV heads are replicated where there are fewer.
 
@@ -60,11 +78,33 @@ def layer_caches(
     store this head_dim or block.
     """
     heads = max(1, facts.key_value_heads // tensor)
+    block, plain, padding = settings.block_tokens, settings.block_tokens, 0
+    if len(set(facts.windows)) > 1 and BF16 in formats and any(fmt.compressed for fmt in formats):
+        block, plain, padding = _blocks_of_one_size(facts, formats, settings)
     return tuple(
-        LayerCache(window, block, heads * format_bytes(fmt, facts, block))
+        LayerCache(window, plain, heads * format_bytes(fmt, facts, plain), heads * padding)
+        if fmt == BF16
+        else LayerCache(window, block, heads * format_bytes(fmt, facts, block))
         for window, fmt in zip(facts.windows, formats, strict=True)
-        for block in [settings.block_tokens if window is None else WINDOW_BLOCK_TOKENS]
     )
+
+
+def _blocks_of_one_size(
+    facts: ModelFacts, formats: tuple[KVFormat, ...], settings: EngineSettings
+) -> tuple[int, int, int]:
+    """Tokens of a compressed block, of one in the model's own dtype, and the latter's padding in a KV head.
+
+    Source: ``turboquant_runtime.adapters.specs``, `fit_plain_layers`. Compressed blocks are just large enough
+    for the smallest block in the model's own dtype, which then has as many tokens as fit and divide theirs.
+    """
+    stored = max(format_bytes(fmt, facts, PAGE_TOKENS) for fmt in formats if fmt.compressed)
+    own = format_bytes(BF16, facts, PAGE_TOKENS)
+    least = settings.least_plain_tokens
+    block = max(settings.block_tokens, PAGE_TOKENS * ceil(own * least / (stored * PAGE_TOKENS)))
+    page = block // PAGE_TOKENS * stored
+    fitting = [n for n in range(least, page * PAGE_TOKENS // own + 1, least) if block % n == 0]
+    plain = max(fitting, default=least)
+    return block, plain, page - format_bytes(BF16, facts, plain)
 
 
 def format_bytes(fmt: KVFormat, facts: ModelFacts, tokens: int) -> int:
@@ -73,17 +113,15 @@ def format_bytes(fmt: KVFormat, facts: ModelFacts, tokens: int) -> int:
     return size * ELEMENT_BYTES[facts.dtype] // ELEMENT_BYTES["bfloat16"] if fmt == BF16 else size
 
 
-def layout(layers: Sequence[LayerCache]) -> CacheLayout | None:
-    """How the engine groups these layers; None where their blocks cannot share one pool and it refuses.
+def layout(layers: Sequence[LayerCache]) -> CacheLayout:
+    """How the engine groups these layers.
 
     Layers of one kind (all full attention, or one window) form one group, whatever their sizes. Others are
     dealt into groups of equally many layers, whose blocks must have one size.
     """
     if len({(layer.window, layer.block_tokens) for layer in layers}) == 1:
-        return CacheLayout(sum(layer.block_bytes for layer in layers), (layers[0],))
+        return CacheLayout(sum(layer.page_bytes for layer in layers), (layers[0],))
     unified = _one_block_size(layers)
-    if unified is None:
-        return None
     kinds = Counter(unified)
     group_layers = min(kinds.values())
     if max(kinds.values()) < 1.5 * group_layers:
@@ -91,23 +129,25 @@ def layout(layers: Sequence[LayerCache]) -> CacheLayout | None:
     groups = tuple(kind for kind, count in kinds.items() for _ in range(ceil(count / group_layers)))
     # Dealing n layers into m groups makes none longer than ceil(n / m), which may be below group_layers.
     longest = max(ceil(count / ceil(count / group_layers)) for count in kinds.values())
-    return CacheLayout(unified[0].block_bytes * longest, groups)
+    return CacheLayout(unified[0].page_bytes * longest, groups)
 
 
-def _one_block_size(layers: Sequence[LayerCache]) -> tuple[LayerCache, ...] | None:
-    """Smaller blocks grow by whole factors until all have the bytes of the largest."""
-    largest = max(layer.block_bytes for layer in layers)
-    if any(largest % layer.block_bytes for layer in layers):
-        return None
-    return tuple(
-        replace(layer, block_tokens=layer.block_tokens * (largest // layer.block_bytes), block_bytes=largest)
-        for layer in layers
-    )
+def _one_block_size(layers: Sequence[LayerCache]) -> tuple[LayerCache, ...]:
+    """Smaller blocks grow by whole factors to the bytes of the largest, or are padded to them."""
+    largest = max(layer.page_bytes for layer in layers)
+
+    def grown(layer: LayerCache) -> LayerCache:
+        if largest % layer.page_bytes or layer.padding_bytes:
+            return replace(layer, padding_bytes=largest - layer.block_bytes)
+        factor = largest // layer.page_bytes
+        return replace(layer, block_tokens=layer.block_tokens * factor, block_bytes=largest)
+
+    return tuple(grown(layer) for layer in layers)
 
 
-def _blocks(layer: LayerCache, context_length: int, batched_tokens: int) -> int:
+def _blocks(layer: LayerCache, context_length: int, in_flight_tokens: int) -> int:
     if layer.window is None:
         return ceil(context_length / layer.block_tokens)
-    held = min(layer.window - 1 + batched_tokens, context_length)
+    held = min(layer.window - 1 + in_flight_tokens, context_length)
     # The window need not start where a block does.
     return ceil(held / layer.block_tokens) + 1

@@ -17,7 +17,7 @@ from turboquant_operator.api.spec import TurboQuantDeploymentSpec
 from turboquant_operator.api.status import Alternative, Plan
 from turboquant_operator.planner.accelerators import CPU, Accelerator, NodeGPUs, find_accelerators
 from turboquant_operator.planner.engine import EngineSettings, engine_settings
-from turboquant_operator.planner.explain import insufficient, unmixable, why
+from turboquant_operator.planner.explain import insufficient, why
 from turboquant_operator.planner.facts import ModelFacts, with_dtype
 from turboquant_operator.planner.identity import plan_hash
 from turboquant_operator.planner.memory import cache_bytes, weight_bytes_per_gpu
@@ -28,7 +28,7 @@ LONG_CONTEXT_VARIABLE = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
 """Engine variable by which a user takes responsibility for a context beyond the model's own."""
 
 _CPU_FP8_ELEMENTS = 32
-"""vLLM 0.25.1 on CPU (v1/attention/backends/cpu_attn.py)."""
+"""vLLM 0.32.0 on CPU (v1/attention/backends/cpu_attn.py)."""
 
 _MIN_COMPUTE_MAJOR = 8
 """Compute capability of GPUs whose engine serves compressed caches, before the dot."""
@@ -290,8 +290,6 @@ def _plan_on(gpu: Accelerator | None, request: _Request) -> Plan | NoPlan:
         )
 
     options = [option(choice, tensor) for tensor in sizes for choice in choices]
-    if all(candidate.cache_layout is None for candidate in options):
-        return unmixable(facts)
     tiers = [Choice.uniform(fmt, facts, spec.kv_cache.skip_layers, tier) for tier, fmt in TIERS.items()]
     if facts.head_dim not in HEAD_DIMS:
         tiers = []

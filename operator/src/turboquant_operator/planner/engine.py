@@ -1,8 +1,9 @@
 """The engine settings that decide how many tokens a cache holds: vLLM's defaults and `engine.args`.
 
-vLLM 0.25.1 sizes the blocks that a sliding-window layer keeps by `--max-num-batched-tokens`
+vLLM 0.32.0 sizes the blocks that a sliding-window layer keeps by `--max-num-batched-tokens`
 (v1/kv_cache_interface.py, `SlidingWindowSpec.max_admission_blocks_per_request`), whose default depends on the
-device (engine/arg_utils.py, `get_batch_defaults`); the OpenAI server's defaults are meant here.
+device (engine/arg_utils.py, `get_batch_defaults`), and by how many steps may be under way at once
+(config/vllm.py, `max_concurrent_batches`). The OpenAI server's defaults are meant here.
 """
 
 import re
@@ -17,12 +18,11 @@ CPU_BLOCK_TOKENS = 128
 """Tokens in a block on CPU (platforms/cpu.py)."""
 GPU_BLOCK_TOKENS = 16
 """Tokens in a block elsewhere (config/cache.py, DEFAULT_BLOCK_SIZE)."""
-WINDOW_BLOCK_TOKENS = 16
-"""Tokens in a block of a sliding-window layer: the smallest that the attention kernels take, whatever
-`--block-size` says (model_executor/layers/attention/attention.py, `get_kv_cache_spec`)."""
 
 _LARGE_GPU_BYTES = 70 * 2**30
 """From this memory on vLLM batches 8,192 tokens and 1,024 sequences, except on an A100."""
+_LARGEST_GPU_BYTES = 160 * 2**30
+"""From this memory on it batches 16,384 tokens and 1,024 sequences."""
 
 _DTYPES = {
     "auto": None,
@@ -33,6 +33,7 @@ _DTYPES = {
     "float32": "float32",
 }
 _FLAGS = (
+    "async-scheduling",
     "block-size",
     "dtype",
     "enable-lora",
@@ -41,6 +42,7 @@ _FLAGS = (
     "limit-mm-per-prompt",
     "max-num-batched-tokens",
     "max-num-seqs",
+    "no-async-scheduling",
     "performance-mode",
     "speculative-config",
 )
@@ -65,6 +67,16 @@ class EngineSettings:
     """A multi-modal model is asked to take images."""
     extra_models: bool = False
     """A draft model or LoRA adapters are loaded too; their memory is not in the plan."""
+    overlaps_steps: bool = False
+    """The next step is scheduled while one runs (`--async-scheduling`): the default, except on CPU, which has
+    no such thing (platforms/cpu.py)."""
+    least_plain_tokens: int = 32
+    """Tokens in the smallest block of a cache in the model's own dtype: 32 on CPU, 16 elsewhere (cpu_attn.py
+    and flash_attn.py, `get_supported_kernel_block_sizes`)."""
+
+    def in_flight_tokens(self, pipeline: int) -> int:
+        """Most tokens of all steps that are under way at once in `pipeline` stages."""
+        return (pipeline + self.overlaps_steps) * self.batched_tokens
 
 
 def engine_settings(
@@ -104,12 +116,16 @@ def engine_settings(
         compiled="enforce-eager" not in given,
         images=_takes_images(given),
         extra_models=bool({"speculative-config", "enable-lora"} & given.keys()),
+        overlaps_steps=accelerator is not None and "no-async-scheduling" not in given,
+        least_plain_tokens=16 if accelerator else 32,
     )
 
 
 def _batch_defaults(accelerator: Accelerator | None) -> tuple[int, int]:
     if accelerator is None:
         return 2048, 128
+    if accelerator.total_bytes >= _LARGEST_GPU_BYTES:
+        return 16384, 1024
     if accelerator.total_bytes >= _LARGE_GPU_BYTES and "a100" not in accelerator.name:
         return 8192, 1024
     return 2048, 256

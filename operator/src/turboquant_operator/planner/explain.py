@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 
 from turboquant_operator.planner.accelerators import Accelerator
-from turboquant_operator.planner.facts import ModelFacts
 from turboquant_operator.planner.memory import weight_bytes_per_gpu
 from turboquant_operator.planner.options import Option
-from turboquant_operator.planner.outcome import NoPlan, refused, unfit
+from turboquant_operator.planner.outcome import NoPlan, unfit
 
 GIB = 2**30
 
@@ -62,6 +61,12 @@ def why(
             f"In the model's own dtype the same memory would hold {baseline.tokens:,} tokens: this is "
             f"{chosen.tokens / baseline.tokens:.2f} times as many."
         )
+    if padding := chosen.cache_layout.padding_percent:
+        sentences.append(
+            "Beside sliding windows all blocks have the size of the largest, and here layers differ in "
+            f"their bytes per token: {padding}% of the cache is padding. A KV plan that varies key and value "
+            "bits at a constant sum has none."
+        )
     if gpu is not None and chosen.facts.weights_counted:
         sentences.append(
             f"No weight files were read: {gib(chosen.facts.weight_bytes or 0)} are counted from the config."
@@ -98,8 +103,7 @@ def insufficient(
             f"allow kvCache.quality {lower_tier.choice.tier} ({lower_tier.choice.name} on "
             f"{place(gpu, lower_tier)} holds {lower_tier.sequences})"
         )
-    assert best.cache_layout is not None
-    blocks = wanted * best.cache_layout.blocks_per_sequence(context, best.settings.batched_tokens) + 1
+    blocks = wanted * best.cache_layout.blocks_per_sequence(context, best.in_flight_tokens) + 1
     need = blocks * best.cache_layout.bytes_per_block
     ways.append(
         f"raise kvCache.memory to {-(-need // 2**20)}Mi"
@@ -121,13 +125,3 @@ def _longest_context(option: Option, wanted: int) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if option.sequences_of(middle * step) >= wanted else (low, middle - 1)
     return low * step
-
-
-def unmixable(facts: ModelFacts) -> NoPlan:
-    """Accepted=False: blocks of different bytes beside sliding windows."""
-    return refused(
-        "UnsupportedLayerFormats",
-        f"{facts.architecture} has sliding-window layers, whose blocks share one pool with the others: all "
-        "layers need the same bytes per token. Remove kvCache.skipLayers, or use a KV plan that varies key "
-        "and value bits at a constant sum.",
-    )

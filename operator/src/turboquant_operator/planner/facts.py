@@ -39,8 +39,11 @@ _COUNTS = (
 """Config fields that are used as numbers where they are present, beside those that are always needed."""
 
 _PREFIX_IMAGES = ("gemma3", "paligemma")
-"""Multi-modal models whose image tokens vLLM 0.25.1 lets see each other
+"""Multi-modal models whose image tokens vLLM 0.32.0 lets see each other
 (transformers_utils/model_arch_config_convertor.py, `is_mm_prefix_lm`)."""
+
+_LENGTHS_WITH_SCALING = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")
+"""Kinds of rotary scaling whose models name a maximum that has the scaling in it already."""
 
 _WIDE_WEIGHTS = {"F64": 8, "F32": 4}
 """Safetensors dtypes that the engine narrows to its own on loading; all others stay as they are."""
@@ -216,8 +219,10 @@ def _is_count(value: object, most: int = 2**40) -> TypeGuard[int]:
 def _windows(
     architecture: str, text: Mapping[str, Any], family: Family, layers: int
 ) -> tuple[int | None, ...] | NoPlan:
-    """The sliding window of each layer, as vLLM 0.25.1 gives it to the layer's cache."""
+    """The sliding window of each layer, as vLLM 0.32.0 gives it to the layer's cache."""
     window = text.get("sliding_window") or None
+    if window is not None:
+        window += family.window_extra
     if family.window_switch and not text.get(family.window_switch):
         window = None
     if family.window_switch and window and (text.get("max_window_layers") or layers) < layers:
@@ -262,15 +267,11 @@ def _context_length(text: Mapping[str, Any]) -> int | None:
     factor = 1.0
     for scaling in [value for value in rope.values() if isinstance(value, Mapping)] or [rope]:
         kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if kind in ("su", "longrope", "llama3"):
+        if kind in _LENGTHS_WITH_SCALING:
             continue
         factor = scaling.get("factor") or 1.0
         if not isinstance(factor, int | float):
             return None
-        if kind == "yarn":
-            # A field of the model wins over that of the scaling (transformers, `standardize_rope_params`).
-            original = [c.get("original_max_position_embeddings") for c in (text, scaling)]
-            longest = next((value for value in original if _is_count(value)), longest)
     return int(longest * factor)
 
 

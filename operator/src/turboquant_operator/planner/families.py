@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Family:
-    """What `transformers` and vLLM 0.25.1 assume about one `model_type`."""
+    """What `transformers` and vLLM 0.32.0 assume about one `model_type`."""
 
     defaults: Mapping[str, int] | None = None
     """Values of config fields that may be absent."""
@@ -21,6 +21,8 @@ class Family:
     present, says n); None: a window, where the config has one, is that of all layers."""
     window_switch: str | None = None
     """Boolean config field (default false) without which the window is ignored."""
+    window_extra: int = 0
+    """Tokens by which vLLM's window is longer than the config's, which leaves out the query itself."""
     key_bias: bool | str = False
     """Whether keys have a bias: always, never, or as the named boolean config field says."""
     key_bias_default: bool = False
@@ -62,6 +64,7 @@ FAMILIES: Mapping[str, Family] = {
     "cohere2": Family(
         {"sliding_window": 4096},
         window_every=4,
+        window_extra=1,
         key_bias="attention_bias",
         head_dim_from_hidden=True,
     ),

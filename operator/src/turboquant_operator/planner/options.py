@@ -48,11 +48,16 @@ class Option:
         """GPUs of one replica."""
         return self.tensor * self.pipeline
 
+    @property
+    def in_flight_tokens(self) -> int:
+        """Most tokens of all steps that are under way at once."""
+        return self.settings.in_flight_tokens(self.pipeline)
+
     @cached_property
-    def cache_layout(self) -> CacheLayout | None:
-        """None where the engine cannot let the layers' blocks share one pool."""
+    def cache_layout(self) -> CacheLayout:
+        """How the layers' blocks share one pool on each device."""
         whole = layout(layer_caches(self.facts, self.choice.formats, self.tensor, self.settings))
-        if whole is None or self.pipeline == 1:
+        if self.pipeline == 1:
             return whole
         # The fullest pipeline stage decides; it has the odd layers.
         stage = -(-self.facts.layers // self.pipeline)
@@ -61,9 +66,9 @@ class Option:
     @property
     def tokens(self) -> int:
         """Tokens of one replica, as the engine will report them."""
-        if self.cache_layout is None or self.memory <= 0:
+        if self.memory <= 0:
             return 0
-        return self.cache_layout.tokens(self.memory, self.context_length, self.settings.batched_tokens)
+        return self.cache_layout.tokens(self.memory, self.context_length, self.in_flight_tokens)
 
     @property
     def sequences(self) -> int:
@@ -72,9 +77,9 @@ class Option:
 
     def sequences_of(self, context_length: int) -> int:
         """Sequences of another length that would fit at once."""
-        if self.cache_layout is None or self.memory <= 0:
+        if self.memory <= 0:
             return 0
-        return self.cache_layout.sequences(self.memory, context_length, self.settings.batched_tokens)
+        return self.cache_layout.sequences(self.memory, context_length, self.in_flight_tokens)
 
     @property
     def bytes_per_token(self) -> int:
