@@ -41,7 +41,7 @@ from turboquant_kernels.packing import (
     pages_of,
     value_order,
 )
-from turboquant_kernels.rotation import projection_matrix
+from turboquant_kernels.rotation import device_projection
 from turboquant_kernels.rotation_kernel import (
     device_signs,
     factors,
@@ -104,7 +104,7 @@ def store(
         kv_cache,
         slot_mapping,
         device_signs(codec.head_dim, codec.seed, key.device),
-        _device_projection(codec.head_dim, codec.seed, key.device) if prod else None,
+        device_projection(codec.head_dim, codec.seed, torch.float32, key.device) if prod else None,
         num_tokens,
         kv_heads,
         block_size,
@@ -193,11 +193,6 @@ def _codes(regions: tuple[Region, ...], order: CodeOrder) -> Codes:
     )
 
 
-@cache
-def _device_projection(head_dim: int, seed: int, device: torch.device) -> torch.Tensor:
-    return projection_matrix(head_dim, seed).to(device)
-
-
 @triton.jit(do_not_specialize=["num_tokens", "kv_heads"])
 def _store_kernel(
     key,
@@ -274,7 +269,7 @@ def _store_kernel(
 
 @triton.jit
 def _block(cache, slot, block_size, block_stride):
-    """Pointers to the blocks of slots and the tokens' places in them, uint32; meaningless for slot -1."""
+    """Pointers to the blocks of slots and the tokens' offsets in them, uint32; meaningless for slot -1."""
     # Unsigned and 32 bits wide: a division of 64 bits would cost as much as the rotation.
     slot = slot.to(tl.uint32, bitcast=True)
     size = block_size.to(tl.uint32)
