@@ -57,7 +57,7 @@ def assert_same_as_reference(codec, key, value, slot_mapping, before, after):
     assert torch.equal(others, before), "bytes of other slots have changed"
 
     scales = rows(after, layout.scales).view(torch.float16)
-    for vectors, regions, order, place in (
+    for vectors, regions, order, which in (
         (key[tokens], layout.key_planes, codec.key_order, KEY_SCALE),
         (value[tokens], layout.value_planes, codec.value_order, VALUE_SCALE),
     ):
@@ -67,11 +67,11 @@ def assert_same_as_reference(codec, key, value, slot_mapping, before, after):
         assert (_boundary_distance(unit[differ], order) < BOUNDARY).all(), "codes differ"
         levels = codebook(order.bits, order.head_dim).levels.double()[found.long()]
         overlap = (unit * levels).mean(-1)
-        if place == VALUE_SCALE or not signs:
-            _assert_half(scales[..., place], rms / overlap.clamp_min(1e-9))
+        if which == VALUE_SCALE or not signs:
+            _assert_half(scales[..., which], rms / overlap.clamp_min(1e-9))
             continue
-        _assert_half(scales[..., place], rms * overlap / levels.square().mean(-1))
-        used = levels * (scales[..., place].double() / rms.clamp_min(1e-38)).unsqueeze(-1)
+        _assert_half(scales[..., which], rms * overlap / levels.square().mean(-1))
+        used = levels * (scales[..., which].double() / rms.clamp_min(1e-38)).unsqueeze(-1)
         residual = unit - used
         norm = torch.linalg.vector_norm(residual, dim=-1) * rms
         _assert_half(scales[..., KEY_RESIDUAL_NORM], norm, slack=1e-5 * rms)

@@ -53,7 +53,7 @@ PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 1, 1), 8: (8,)
 """Widths of the bit planes of a code, low bits first."""
 
 KEY_SCALE, VALUE_SCALE, KEY_RESIDUAL_NORM = range(3)
-"""Places in a token's row of scales."""
+"""Indices in a token's row of scales."""
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,8 @@ def group_codes(bits: int) -> torch.Tensor:
     index = torch.arange(0x3400 if high else 256, dtype=torch.int32)[:, None]
     codes = index >> t * width & (1 << width) - 1
     for plane in range(len(high)):
-        place = 8 + 4 * plane + 4 * (t // 2) + t % 2
-        codes |= (index >> place & 1) << width + plane
+        shift = 8 + 4 * plane + 4 * (t // 2) + t % 2
+        codes |= (index >> shift & 1) << width + plane
     return codes.to(torch.uint8)
 
 
@@ -160,15 +160,15 @@ def _pack_plane(codes: torch.Tensor, width: int) -> torch.Tensor:
     return reduce(torch.bitwise_or, (part << position * width for position, part in enumerate(parts)))
 
 
-def _over_pairs(first: torch.Tensor, high: torch.Tensor, run: int) -> torch.Tensor:
-    """Each byte of `high` over two bytes of `first`, in runs: uint8 [..., 2n], [..., n] -> int32 [..., 2n].
+def _over_pairs(first: torch.Tensor, high: torch.Tensor, word_bytes: int) -> torch.Tensor:
+    """Each byte of `high` over two bytes of `first`: uint8 [..., 2n] and [..., n] -> int32 [..., 2n].
 
-    The 2 * run bytes of `first` that belong to a run of `high` are its first and its second run. Over a byte
-    of the first stand bits 0, 1, 4 and 5 of its byte of `high`, over one of the second bits 2, 3, 6 and 7,
-    shifted to the same places. Whole runs are shifted at once, each byte in 16 bits of its own.
+    Both planes are cut into words. Word i of `high` belongs to words 2 i and 2 i + 1 of `first`. Over a byte
+    of the first of these stand bits 0, 1, 4 and 5 of its byte of `high`, over one of the second bits 2, 3, 6
+    and 7, shifted to the same positions. Whole words are shifted at once, each byte in 16 bits of its own.
     """
-    word = {1: torch.int16, 2: torch.int32, 4: torch.int64}[run]
-    mask = int.from_bytes(b"\x00\x33" * run, "little")
+    word = {1: torch.int16, 2: torch.int32, 4: torch.int64}[word_bytes]
+    mask = int.from_bytes(b"\x00\x33" * word_bytes, "little")
     index = first.short()
     words = index.view(word).unflatten(-1, (-1, 2))
     high_words = (high.short() << 8).view(word)
@@ -205,8 +205,8 @@ def _transposed_bits(group: int) -> torch.Tensor:
     """What a byte adds to the nibbles of its group: uint8 [bytes of the group * 256, group / 4]."""
     byte = torch.arange(256)
     table = torch.zeros(group // 8, 256, group // 4, dtype=torch.uint8)
-    for place, coordinate in enumerate(torch.arange(group).view(-1, 4).T.flatten().tolist()):
-        table[place // 8, :, coordinate // 4] |= ((byte >> place % 8 & 1) << coordinate % 4).to(torch.uint8)
+    for bit, coordinate in enumerate(torch.arange(group).view(-1, 4).T.flatten().tolist()):
+        table[bit // 8, :, coordinate // 4] |= ((byte >> bit % 8 & 1) << coordinate % 4).to(torch.uint8)
     return table.flatten(0, 1)
 
 

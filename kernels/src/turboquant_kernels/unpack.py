@@ -78,24 +78,24 @@ def _coordinates_first(quads):
 
 @triton.jit
 def token_of(slot):
-    """The token, within a page, whose values stand at a place in their byte order: both 0..15."""
+    """The token, within a page, whose values have an index in their byte order: both 0..15."""
     return slot % 2 * 8 + slot // 4 * 2 + slot % 4 // 2
 
 
 @triton.jit
-def coordinate(place, BITS: tl.constexpr, PTX: tl.constexpr, READ: tl.constexpr, WIDTH: tl.constexpr):
-    """The coordinate at a place of a tile's coordinate dimension; head_dim or more for padding.
+def coordinate(index, BITS: tl.constexpr, PTX: tl.constexpr, READ: tl.constexpr, WIDTH: tl.constexpr):
+    """The coordinate at an index of a tile's coordinate dimension; head_dim or more for padding.
 
     READ: `packing.CodeOrder.read_bytes`. WIDTH: length of the dimension, a power of two.
     """
     if PTX == "" or BITS == 8:
-        found = place
+        found = index
     elif BITS == 4:
-        found = place % (WIDTH // 2) * 2 + place // (WIDTH // 2)
+        found = index % (WIDTH // 2) * 2 + index // (WIDTH // 2)
     elif BITS == 2:
-        found = place % (WIDTH // 4) * 4 + place // (WIDTH // 4)
+        found = index % (WIDTH // 4) * 4 + index // (WIDTH // 4)
     else:
-        byte, output = place % (WIDTH // 8), place // (WIDTH // 8)
+        byte, output = index % (WIDTH // 8), index // (WIDTH // 8)
         if BITS == 3:
             found = byte // READ * (8 * READ) + byte % READ * 4 + output // 4 * (4 * READ) + output % 4
         else:
@@ -184,7 +184,7 @@ def load_keys(
 ):
     """int8 [T, WIDTH]: c of the keys' levels, padding with any of them.
 
-    page: pointers [T, 1] to the first byte of the tokens' pages. token: int [T, 1], their places in them.
+    page: pointers [T, 1] to the first byte of the tokens' pages. token: int [T, 1], their index in them.
     table: pointer to `level_table`.
     """
     if BITS == 8:

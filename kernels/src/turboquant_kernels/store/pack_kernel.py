@@ -1,7 +1,7 @@
 """The end of `store.kernel`: codes in registers become bytes of pages, in the order of `packing`.
 
 Functions of a tile take `page`, pointers [ROWS] to the pages of its tokens, `row`, int32 [ROWS], the tokens'
-places in them, and `used`, bool [ROWS], false for padding, which is not written.
+index in them (0..15), and `used`, bool [ROWS], false for padding, which is not written.
 """
 
 import triton
@@ -23,10 +23,10 @@ def store_codes(page, row, used, t, magnitude, HEAD_DIM: tl.constexpr, CODES: tl
     for i in tl.static_range(len(CODES.planes)):
         part = (code >> CODES.planes[i][2]) & ((1 << CODES.planes[i][1]) - 1)
         if i == 0:
-            place = coordinate * CODES.planes[i][1] % 32
+            shift = coordinate * CODES.planes[i][1] % 32
         else:
-            place = _high_bit_place(coordinate, HEAD_DIM, CODES)
-        words = _words(part, place, CODES.planes[i][1])
+            shift = _high_bit_shift(coordinate, HEAD_DIM, CODES)
+        words = _words(part, shift, CODES.planes[i][1])
         if CODES.quads:
             _store_quads(page + CODES.planes[i][0], row, used, words, HEAD_DIM * CODES.planes[i][1] // 8)
         else:
@@ -34,21 +34,21 @@ def store_codes(page, row, used, t, magnitude, HEAD_DIM: tl.constexpr, CODES: tl
 
 
 @triton.jit
-def _high_bit_place(coordinate, HEAD_DIM: tl.constexpr, CODES: tl.constexpr):
-    """Where a coordinate's bit stands in its 32-bit word of a high plane: `packing.high_bit_order`."""
+def _high_bit_shift(coordinate, HEAD_DIM: tl.constexpr, CODES: tl.constexpr):
+    """Which bit is a coordinate's in its 32-bit word of a high plane: `packing.high_bit_order`."""
     c = coordinate % 32
     if CODES.bits == 3:
-        RUN: tl.constexpr = 4 * CODES.read_bytes  # P
-        return c // (2 * RUN) * (2 * RUN) + 4 * (c % RUN // 2) + 2 * (c // RUN % 2) + c % 2
+        P: tl.constexpr = 4 * CODES.read_bytes
+        return c // (2 * P) * (2 * P) + 4 * (c % P // 2) + 2 * (c // P % 2) + c % 2
     # The last 16 coordinates of head_dim 80 are a group of their own.
     spread = tl.where(coordinate < HEAD_DIM // 32 * 32, 8, 4)
     return spread * (c % 4) + c // 4
 
 
 @triton.jit
-def _words(part, place, WIDTH: tl.constexpr):
-    """Numbers of WIDTH bits [ROWS, n], each shifted to its place, as words: int32 [ROWS, n * WIDTH / 32]."""
-    shifted = part << place[None, :]
+def _words(part, shift, WIDTH: tl.constexpr):
+    """Numbers of WIDTH bits [ROWS, n], each shifted to its bits, as words: int32 [ROWS, n * WIDTH / 32]."""
+    shifted = part << shift[None, :]
     return tl.sum(tl.reshape(shifted, [part.shape[0], part.shape[1] * WIDTH // 32, 32 // WIDTH]), axis=2)
 
 
@@ -76,9 +76,9 @@ def _store_quads(plane, row, used, words, ROW_BYTES: tl.constexpr):
     COUNT: tl.constexpr = words.shape[1]
     bytes = words[:, :, None] >> (8 * tl.arange(0, 4))[None, None, :]
     bytes = tl.reshape(bytes, [words.shape[0], 4 * COUNT]).to(tl.int8)
-    quad, place = row % 8 // 2, row // 8 + 2 * (row % 2)
+    quad, byte = row % 8 // 2, row // 8 + 2 * (row % 2)
     j = tl.arange(0, 4 * COUNT)[None, :]
-    target = plane[:, None] + ((quad * ROW_BYTES)[:, None] + j) * 4 + place[:, None]
+    target = plane[:, None] + ((quad * ROW_BYTES)[:, None] + j) * 4 + byte[:, None]
     tl.store(target, bytes, mask=used[:, None] & (j < ROW_BYTES))
 
 
