@@ -1,11 +1,11 @@
-"""Prefill through decompressed tiles against attention over the decompressed cache."""
+"""Prefill through context tiles against attention over the decompressed cache."""
 
 import pytest
 import torch
 from plain_attention import torch_attend
 from test_paged_attention import Batch
 
-from turboquant_kernels.formats import PAGE_TOKENS, KVFormat
+from turboquant_kernels.formats import KVFormat
 from turboquant_kernels.prefill import attention
 from turboquant_kernels.prefill.attention import prefill_attention
 from turboquant_kernels.prefill.expand import expand
@@ -22,7 +22,7 @@ def on(device, cache):
 
 def prefill(batch, device, capacity, *, window=None, **options):
     starts = torch.tensor([0, *batch.query_lens]).cumsum(0).tolist()
-    tiles = [t.to(device) for t in plan_tiles(starts, batch.seq_lens, capacity=capacity, window=window)]
+    tiles = plan_tiles(starts, batch.seq_lens, capacity=capacity, window=window)
     if options.get("sinks") is not None:
         options["sinks"] = options["sinks"].to(device)
     out = prefill_attention(
@@ -30,10 +30,9 @@ def prefill(batch, device, capacity, *, window=None, **options):
         torch.cat(batch.queries).to(device),
         on(device, batch.cache),
         batch.block_table.to(device),
-        tiles,
+        [tile.to(torch.device(device)) for tile in tiles],
         torch_attend,
         scale=batch.head_dim**-0.5,
-        window=window,
         **options,
     )
     return out.cpu().double()
@@ -76,9 +75,54 @@ def test_sinks_of_a_context_of_one_tile(device):
     check(Batch([30], [50]), device, capacity=512, sinks=torch.tensor([0.5, -2.0, 3.0, 8.0]))
 
 
-@pytest.mark.parametrize("window", [1, 20, 48])
-def test_windows(window, device):
-    check(Batch([60, 1], [150, 90]), device, capacity=192, window=window)
+@pytest.mark.parametrize("window", [1, 20, 48, 100, 128, 129, 160, 300])
+def test_windows_of_any_size(window, device):
+    """Smaller than the scratch, as large, larger, and larger than the sequences."""
+    check(Batch([60, 1, 9], [150, 290, 30]), device, capacity=128, window=window)
+
+
+@pytest.mark.parametrize("window", [30, 70, 110, 200])
+def test_chunks_larger_than_the_window_and_the_scratch(window, device):
+    check(Batch([180, 3], [260, 40]), device, capacity=96, window=window)
+
+
+def test_sinks_and_a_soft_cap_beside_a_window_in_segments(device):
+    options = {"sinks": torch.tensor([0.5, -2.0, 3.0, 8.0]), "soft_cap": 2.0}
+    check(Batch([30, 3], [300, 130]), device, capacity=96, window=150, **options)
+
+
+def poison_freed_blocks(batch, window):
+    """What the engine leaves of blocks wholly before the window of a sequence's first new token: their
+    entries name one block for all, here of NaN."""
+    null = next(block for block in range(len(batch.cache)) if block not in batch.block_table)
+    batch.cache[null].fill_(0xFF)
+    if batch.fmt.anchor:
+        batch.anchors[null] = float("nan")
+    freed = 0
+    for i, (queries, length) in enumerate(zip(batch.query_lens, batch.seq_lens, strict=True)):
+        blocks = max(0, length - queries - window + 1) // batch.block_size
+        batch.block_table[i, :blocks] = null
+        freed += blocks
+    return freed
+
+
+@pytest.mark.parametrize("window", [1, 33, 47, 80, 150])
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+def test_blocks_before_the_window_are_not_read(block_size, window, device):
+    fmt = KVFormat(4, 3, anchor=block_size == 128)
+    batch = Batch([9, 2, 1], [290, 171, 32], fmt, q_heads=2, kv_heads=1, block_size=block_size)
+    expected = batch.oracle(window=window)
+    assert poison_freed_blocks(batch, window)
+    found = prefill(batch, device, 128, window=window)
+    assert (found - expected).norm() <= TOLERANCE * expected.norm()
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 40}, {"window": 150}])
+def test_slots_behind_a_sequence_may_hold_anything(options, device):
+    """NaN scales or small ones: a block is not cleared before it is used again."""
+    lengths = [20, 3], [203, 37]
+    found = [prefill(Batch(*lengths, filler=byte), device, 128, **options) for byte in (0xFF, 0x01)]
+    assert torch.equal(*found)
 
 
 def test_chunks_longer_than_a_tile(device):
@@ -92,12 +136,12 @@ def test_sequences_without_queries_and_padding_rows(device):
     assert (prefill(batch, device, 512)[:-2] - batch.oracle()).norm() <= TOLERANCE * batch.oracle().norm()
 
 
-def test_expansion_writes_the_rows_of_its_runs_alone(device):
+def test_expansion_writes_the_rows_of_its_items_alone(device):
     batch = Batch([1, 1], [100, 30], block_size=32)
     keys = torch.full((140, 2, 64), float("nan"), device=device)
     values = keys.clone()
-    runs = torch.tensor([[0, 1, 3, 64], [1, 0, 80, 30]], dtype=torch.int32, device=device)
-    expand(batch.codec, batch.cache.to(device), batch.block_table.to(device), runs, keys, values)
+    items = torch.tensor([[0, 1, 3, 64], [1, 0, 80, 30]], dtype=torch.int32, device=device)
+    expand(batch.codec, batch.cache.to(device), batch.block_table.to(device), items, keys, values)
     written = torch.zeros(140, dtype=torch.bool)
     written[3:67] = written[80:110] = True
     assert torch.equal(~keys.isnan().cpu(), written[:, None, None].expand(140, 2, 64))
@@ -107,36 +151,6 @@ def test_expansion_writes_the_rows_of_its_runs_alone(device):
     torch.testing.assert_close(keys[3:67].cpu(), expected, rtol=1e-5, atol=1e-6)
     expected = codec.rotate(codec.decode_values(codec.encode_values(batch.values[1]))) / 8
     torch.testing.assert_close(values[80:110].cpu(), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_tiles_hold_every_key_that_a_query_sees_once():
-    starts, seq_lens, capacity = [0, 40, 41, 41, 200], [400, 65, 0, 159], 128
-    seen = {}
-    for tile in plan_tiles(starts, seq_lens, capacity=capacity):
-        assert tile.keys <= capacity
-        assert int(tile.key_starts[-1]) == tile.keys == int(tile.runs[:, 3].sum())
-        assert int(tile.query_starts[-1]) == tile.rows.stop - tile.rows.start
-        for sequence, page, row, tokens in tile.runs.tolist():
-            piece = int((tile.key_starts[1:] <= row).sum())
-            first, end = (tile.rows.start + int(tile.query_starts[piece + i]) for i in (0, 1))
-            for query_row in range(first, end):
-                position = seq_lens[sequence] - (starts[sequence + 1] - query_row)
-                keys = range(page * PAGE_TOKENS, page * PAGE_TOKENS + tokens)
-                seen.setdefault(query_row, []).extend(k for k in keys if not tile.causal or k <= position)
-    for sequence in range(4):
-        for query_row in range(starts[sequence], starts[sequence + 1]):
-            position = seq_lens[sequence] - (starts[sequence + 1] - query_row)
-            assert sorted(seen[query_row]) == list(range(position + 1))
-
-
-def test_one_tile_where_everything_fits():
-    (tile,) = plan_tiles([0, 8192], [32768], capacity=32768)
-    assert (tile.causal, tile.merged, tile.keys) == (True, False, 32768)
-
-
-def test_a_scratch_that_cannot_hold_a_window_is_refused():
-    with pytest.raises(ValueError, match="window of 100"):
-        plan_tiles([0, 1], [200], capacity=128, window=100)
 
 
 @pytest.mark.parametrize(("block_size", "capacity"), [(128, 512), (256, 128)])

@@ -1,7 +1,8 @@
 """vLLM's FlashAttention as the prefill's attention: no engine, one layer against float64.
 
 The kernels' own tests give the prefill PyTorch's attention. Where a context is cut into tiles, and beside a
-sink, its results depend on the log-sum-exp too.
+sink, its results depend on the log-sum-exp too; where a window is, on what FlashAttention makes of a bound on
+the left alone.
 """
 
 import pytest
@@ -24,7 +25,7 @@ def head_dim(request) -> int:
     return request.param
 
 
-@pytest.fixture(params=[None, 64], ids=["all tokens", "window"])
+@pytest.fixture(params=[None, 64, 400], ids=["all tokens", "window", "large window"])
 def window(request) -> int | None:
     return request.param
 
@@ -49,14 +50,17 @@ def exact(layer, window: int | None, sinks: torch.Tensor | None) -> tuple[torch.
     query, key, value = (x.double() for x in layer)
     key, value = (x.repeat_interleave(HEADS // KV_HEADS, dim=1) for x in (key, value))
     score = torch.einsum("qhd,khd->hqk", query, key) * query.shape[-1] ** -0.5
-    place = torch.arange(TOKENS, device="cuda")
-    seen = place <= place[:, None]
-    if window is not None:
-        seen &= place > place[:, None] - window
-    score = score.masked_fill(~seen, -torch.inf)
+    score = score.masked_fill(~seen_keys(window), -torch.inf)
     total = score.logsumexp(-1)
     with_sink = total if sinks is None else torch.logaddexp(total, sinks.double()[:, None])
     return torch.einsum("hqk,khd->qhd", (score - with_sink[..., None]).exp(), value), total
+
+
+def seen_keys(window: int | None) -> torch.Tensor:
+    """Which keys each query sees: bool [tokens, tokens]."""
+    position = torch.arange(TOKENS, device="cuda")
+    seen = position <= position[:, None]
+    return seen if window is None else seen & (position > position[:, None] - window)
 
 
 def relative(output: torch.Tensor, expected: torch.Tensor) -> float:
@@ -75,12 +79,52 @@ def test_its_output_and_log_sum(layer, head_dim: int, window: int | None) -> Non
         max_keys=TOKENS,
         scale=head_dim**-0.5,
         causal=True,
-        window=window,
+        left=None if window is None else window - 1,
         soft_cap=None,
     )
     expected, expected_log_sum = exact(layer, window, None)
     assert relative(output, expected) < 0.01
     torch.testing.assert_close(log_sum.double(), expected_log_sum, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("window", "first_query", "first_key", "end_key"),
+    [(350, 400, 48, 384), (450, 400, 0, 256), (620, 690, 64, 96)],
+    ids=["more keys than queries", "fewer keys than queries", "few queries"],
+    indirect=["window"],
+)
+def test_the_first_segment_of_a_window(
+    layer, head_dim: int, window: int, first_query: int, first_key: int, end_key: int
+) -> None:
+    """Keys that precede all queries and of which the last query sees one at least, beside a whole segment."""
+    from turboquant_runtime.backends.flash import flash_attention
+
+    query, key, value = layer
+    queries, keys = slice(first_query, TOKENS), slice(first_key, end_key)
+    count, left = TOKENS - first_query, window - 1 - (TOKENS - end_key)
+    # The same twice: in a batch of their own segments the bounds are those of each.
+    output, log_sum = flash_attention(head_dim)(
+        torch.cat([query[queries]] * 2),
+        torch.cat([key[keys]] * 2),
+        torch.cat([value[keys]] * 2),
+        query_starts=torch.tensor([0, count, 2 * count], dtype=torch.int32, device="cuda"),
+        key_starts=torch.tensor([0, end_key - first_key, 2 * (end_key - first_key)]).int().cuda(),
+        max_queries=count,
+        max_keys=end_key - first_key,
+        scale=head_dim**-0.5,
+        causal=False,
+        left=left,
+        soft_cap=None,
+    )
+    group = HEADS // KV_HEADS
+    key, value = (x[keys].double().repeat_interleave(group, dim=1) for x in (key, value))
+    score = torch.einsum("qhd,khd->hqk", query[queries].double(), key) * head_dim**-0.5
+    score = score.masked_fill(~seen_keys(window)[queries, keys], -torch.inf)
+    expected = torch.einsum("hqk,khd->qhd", score.softmax(-1), value)
+    for half in (output[:count], output[count:]):
+        assert relative(half, expected) < 0.01
+    for half in (log_sum[:, :count], log_sum[:, count:]):
+        torch.testing.assert_close(half.double(), score.logsumexp(-1), atol=0.02, rtol=0)
 
 
 @pytest.mark.parametrize("capacity", [1024, 256], ids=["one tile", "tiles"])
@@ -104,7 +148,6 @@ def test_a_prefill_reads_what_the_pages_hold(
         [tile.to(query.device) for tile in tiles],
         flash_attention(head_dim),
         scale=head_dim**-0.5,
-        window=window,
         sinks=sinks,
     )
     assert relative(output, exact(layer, window, sinks)[0]) < 0.03

@@ -1,7 +1,7 @@
 """Attention of chunks of new tokens to their compressed context, by an attention kernel for plain caches.
 
-    for each tile of the plan:  expand its keys and values -> attend -> merge by log-sum-exp
-    queries are turned once before, results once after
+    for each context tile of the plan:  expand its keys and values -> attend -> merge by log-sum-exp
+    queries are rotated once before, the output is rotated back once after
 
 Every query reads every key and value as the cache stores it, those of its own chunk too
 (`decode.reference.paged_attention` is the same in readable form).
@@ -9,25 +9,24 @@ Every query reads every key and value as the cache stores it, those of its own c
 The attention kernel is passed in: vLLM's FlashAttention on a GPU, PyTorch in tests.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 import triton
 import triton.language as tl
 
-from turboquant_kernels.aot import AotVariant
 from turboquant_kernels.codec import Codec
-from turboquant_kernels.formats import HEAD_DIMS
-from turboquant_kernels.prefill.expand import expand, turn_matrix
+from turboquant_kernels.prefill.expand import expand
 from turboquant_kernels.prefill.tiles import Tile, plan_tiles
+from turboquant_kernels.rotation import signed_hadamard
 
 SCRATCH_BYTES = 128 << 20
-"""Decompressed keys and values, whatever the context: 32,768 tokens of 8 KV heads of 128 in bf16."""
+"""Expanded keys and values, whatever the context: 32,768 tokens of 8 KV heads of 128 in bf16."""
 
 
 class Attend(Protocol):
-    """Attention over plain keys and values, ragged, without a cache."""
+    """Attention over plain keys and values of segments, ragged, without a cache."""
 
     def __call__(
         self,
@@ -41,14 +40,17 @@ class Attend(Protocol):
         max_keys: int,
         scale: float,
         causal: bool,
-        window: int | None,
+        left: int | None,
         soft_cap: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """query [n, q_heads, D], key and value [m, kv_heads, D]; starts int32 [pieces + 1].
+        """query [n, q_heads, D], key and value [m, kv_heads, D]; starts int32 [segments + 1].
 
-        With `causal` the last query of a piece stands at its last key; a query sees, of the keys up to its
-        own, the last `window`. Returns the output [n, q_heads, D] and the natural log-sum-exp of the scores,
-        float32 [q_heads, n].
+        The last of a segment's queries stands at its last key, the one before it at the key before, and so
+        on. A query sees all keys; with `causal` none after the one where it stands; with `left` none that
+        lies more than `left` before that. A query that stands before the first key does so by its distance
+        to it. Each query sees a key.
+
+        Returns the output [n, q_heads, D] and the natural log-sum-exp of the scores, float32 [q_heads, n].
         """
 
 
@@ -66,10 +68,16 @@ def flash_attend(varlen: Callable[..., Any], version: int | None) -> Attend:
         max_keys: int,
         scale: float,
         causal: bool,
-        window: int | None,
+        left: int | None,
         soft_cap: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        output, log_sum = varlen(
+        window_size = [-1, -1]
+        if left is not None:
+            # Keys may follow a query by less than there are queries. FlashAttention-2 cuts the bound, and an
+            # open one, to the most keys that it is told of (csrc/flash_attn/flash_api.cpp).
+            window_size = [left, 0 if causal else max_queries]
+            max_keys = max(max_keys, max_queries)
+        return varlen(
             q=query,
             k=key,
             v=value,
@@ -79,12 +87,11 @@ def flash_attend(varlen: Callable[..., Any], version: int | None) -> Attend:
             max_seqlen_k=max_keys,
             softmax_scale=scale,
             causal=causal,
-            window_size=[-1, -1] if window is None else [window - 1, 0],
+            window_size=window_size,
             softcap=soft_cap or 0.0,
             return_softmax_lse=True,
             fa_version=version,
         )
-        return output, log_sum
 
     return attend
 
@@ -104,7 +111,10 @@ def plan(
     device: torch.device,
     window: int | None = None,
 ) -> list[Tile]:
-    """The tiles of a step for `prefill_attention`, to be shared by the layers of equal shape and window."""
+    """The tiles of a step for `prefill_attention`, to be shared by the layers of equal shape and window.
+
+    The arguments are those of `tiles.plan_tiles`, and kv_heads, head_dim and dtype of the scratch.
+    """
     capacity = scratch_tokens(kv_heads, head_dim, dtype)
     tiles = plan_tiles(query_start_loc, seq_lens, capacity=capacity, window=window)
     return [tile.to(device) for tile in tiles]
@@ -127,23 +137,24 @@ def prefill_attention(
     """Causal attention of a ragged batch of queries to their sequences in the compressed cache.
 
     query: float [num_tokens, q_heads, D] in a dtype of `attend`; kv_cache: uint8 [num_blocks, block_size,
-    kv_heads, slot_bytes]; block_table: int32 [num_seqs, max_blocks]; tiles: the `plan` of the batch, for the
-    same window. The other arguments and the result are those of `decode.reference.paged_attention`; rows that
-    no tile has are padding and become zero.
+    kv_heads, slot_bytes]; block_table: int32 [num_seqs, max_blocks], whose entries before a window may be
+    anything; tiles: the `plan` of the batch, on the query's device, which knows the layer's window. The other
+    arguments and the result are those of `decode.reference.paged_attention`; rows that no tile has are
+    padding and become zero.
 
-    Beside the scratch it holds queries and results a few times over, as any layer does.
+    Beside the scratch it holds queries and outputs a few times over, as any layer does.
     """
     _, _, kv_heads, _ = kv_cache.shape
-    turn = turn_matrix(codec.head_dim, codec.seed, query.dtype, query.device)
-    turned = query @ turn.T
-    attended = torch.zeros_like(turned)
+    hadamard = signed_hadamard(codec.head_dim, codec.seed, query.dtype, query.device)
+    rotated = query @ hadamard.T
+    output = torch.zeros_like(rotated)
     scratch = query.new_empty(2, max((tile.keys for tile in tiles), default=0), kv_heads, codec.head_dim)
-    sums: torch.Tensor | None = None
+    earlier: torch.Tensor | None = None
     for tile in tiles:
         key, value = scratch[:, : tile.keys]
-        expand(codec, kv_cache, block_table, tile.runs, key, value)
-        part, log_sum = attend(
-            turned[tile.rows],
+        expand(codec, kv_cache, block_table, tile.items, key, value)
+        partial, lse = attend(
+            rotated[tile.rows],
             key,
             value,
             query_starts=tile.query_starts,
@@ -152,52 +163,52 @@ def prefill_attention(
             max_keys=tile.max_keys,
             scale=scale,
             causal=tile.causal,
-            window=window,
+            left=tile.left,
             soft_cap=soft_cap,
         )
-        if tile.merged and sums is None:
-            sums = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
-            log_sums = torch.full(query.shape[:2], -torch.inf, device=query.device)
-        if len(tiles) == 1 and sinks is None and len(part) == len(query):
-            attended = part
+        if tile.merged and earlier is None:
+            earlier = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
+            earlier_lse = torch.full(query.shape[:2], -torch.inf, device=query.device)
+        if len(tiles) == 1 and sinks is None and len(partial) == len(query):
+            output = partial
             break
         # A query's causal tile is its last.
-        _finish_tile(
-            part,
-            log_sum,
-            (sums[tile.rows], log_sums[tile.rows]) if tile.merged and sums is not None else None,
+        _merge(
+            partial,
+            lse,
+            (earlier[tile.rows], earlier_lse[tile.rows]) if tile.merged and earlier is not None else None,
             sinks,
-            attended[tile.rows] if tile.causal else None,
+            output[tile.rows] if tile.causal else None,
         )
-    return torch.matmul(attended, turn, out=out)
+    return torch.matmul(output, hadamard, out=out)
 
 
-def _finish_tile(
-    part: torch.Tensor,
-    log_sum: torch.Tensor,
-    before: tuple[torch.Tensor, torch.Tensor] | None,
+def _merge(
+    partial: torch.Tensor,
+    lse: torch.Tensor,
+    earlier: tuple[torch.Tensor, torch.Tensor] | None,
     sinks: torch.Tensor | None,
-    attended: torch.Tensor | None,
+    output: torch.Tensor | None,
 ) -> None:
-    """Merges a tile's results into `before` and, where no more follow, writes them to `attended`.
+    """Merges a tile's results with those of earlier tiles: into `output`, or into `earlier` where it is None.
 
-    part: float [n, q_heads, D]; log_sum: float32 [q_heads, n]; before: float32 [n, q_heads, D] and
-    [n, q_heads], the results of earlier tiles. A sink is one more token without a value: it only makes the
-    results smaller.
+    partial: float [n, q_heads, D] and lse: float32 [q_heads, n], of the tile; earlier: the same of all tiles
+    before it, float32 [n, q_heads, D] and [n, q_heads]; output: float [n, q_heads, D], once no more tiles
+    follow. A sink is one more token without a value: it only makes the output smaller.
     """
-    if before is None and sinks is None:
-        assert attended is not None
-        attended.copy_(part)
+    if earlier is None and sinks is None:
+        assert output is not None
+        output.copy_(partial)
         return
-    tokens, q_heads, head_dim = part.shape
-    _merge_tile[tokens, q_heads](
-        part,
-        log_sum,
-        *(before if before is not None else (None, None)),
+    tokens, q_heads, head_dim = partial.shape
+    merge_kernel[tokens, q_heads](
+        partial,
+        lse,
+        *(earlier if earlier is not None else (None, None)),
         sinks,
-        attended,
-        part.stride(0),
-        log_sum.stride(0),
+        output,
+        partial.stride(0),
+        lse.stride(0),
         Q_HEADS=q_heads,
         HEAD_DIM=head_dim,
         WIDTH=triton.next_power_of_2(head_dim),
@@ -205,58 +216,40 @@ def _finish_tile(
     )
 
 
-def variants() -> Iterator[AotVariant]:
-    """bf16 of 32 heads: in the middle of a context and at its end, with sinks."""
-    for head_dim in HEAD_DIMS:
-        for last in (False, True):
-            signature = {
-                "part": "*bf16",
-                "log_sum": "*fp32",
-                "sums": "*fp32",
-                "log_sums": "*fp32",
-                "part_stride": "i32",
-                "log_sum_stride": "i32",
-            }
-            ends = {"sinks": "*fp32", "attended": "*bf16"}
-            absent = {} if last else {"sinks": None, "attended": None}
-            yield AotVariant(
-                name=f"prefill-merge-d{head_dim}{'-last' * last}",
-                kernel=_merge_tile,
-                signature=signature | (ends if last else {}),
-                constexprs={
-                    "Q_HEADS": 32,
-                    "HEAD_DIM": head_dim,
-                    "WIDTH": triton.next_power_of_2(head_dim),
-                    **absent,
-                },
-                num_warps=1,
-            )
+def variants():
+    """`prefill.variants.merge_variants`, where `aot` looks for them."""
+    from turboquant_kernels.prefill.variants import merge_variants
+
+    return merge_variants()
 
 
-@triton.jit(do_not_specialize=["log_sum_stride"])  # the number of queries, which is another in each step
-def _merge_tile(
-    part,  # float [n, q_heads, D], the last two contiguous
-    log_sum,  # float32 [q_heads, n]
-    sums,  # float32 [n, q_heads, D]; None: no other tiles
-    log_sums,  # float32 [n, q_heads]
+@triton.jit(do_not_specialize=["lse_stride"])  # the number of queries, which is another in each step
+def merge_kernel(
+    partial,  # float [n, q_heads, D], the last two contiguous
+    lse,  # float32 [q_heads, n]
+    earlier,  # float32 [n, q_heads, D]; None: no other tiles
+    earlier_lse,  # float32 [n, q_heads]
     sinks,  # float [q_heads]; None: none
-    attended,  # float [n, q_heads, D]; None: more tiles follow
-    part_stride,
-    log_sum_stride,
+    output,  # float [n, q_heads, D]; None: more tiles follow
+    partial_stride,
+    lse_stride,
     Q_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
+    """Grid: (tokens, query heads). See `_merge`."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     d = tl.arange(0, WIDTH)
     inside = d < HEAD_DIM
-    result = tl.load(part + token * part_stride + head * HEAD_DIM + d, mask=inside, other=0.0).to(tl.float32)
-    log = tl.load(log_sum + head * log_sum_stride + token)
-    place = (token * Q_HEADS + head) * HEAD_DIM + d
-    if sums is not None:
-        before = tl.load(sums + place, mask=inside, other=0.0)
-        log_before = tl.load(log_sums + token * Q_HEADS + head)
+    result = tl.load(partial + token * partial_stride + head * HEAD_DIM + d, mask=inside, other=0.0).to(
+        tl.float32
+    )
+    log = tl.load(lse + head * lse_stride + token)
+    index = (token * Q_HEADS + head) * HEAD_DIM + d
+    if earlier is not None:
+        before = tl.load(earlier + index, mask=inside, other=0.0)
+        log_before = tl.load(earlier_lse + token * Q_HEADS + head)
         larger = tl.maximum(log, log_before)
         # Where no token was seen the logarithm is -inf.
         share = tl.where(log == float("-inf"), 0.0, tl.exp(log - larger))
@@ -264,10 +257,10 @@ def _merge_tile(
         total = share + share_before
         result = tl.where(total > 0, (result * share + before * share_before) / total, 0.0)
         log = larger + tl.log(total)
-    if attended is None:
-        tl.store(sums + place, result, mask=inside)
-        tl.store(log_sums + token * Q_HEADS + head, log)
+    if output is None:
+        tl.store(earlier + index, result, mask=inside)
+        tl.store(earlier_lse + token * Q_HEADS + head, log)
     else:
         if sinks is not None:
             result = result / (1.0 + tl.exp(tl.load(sinks + head).to(tl.float32) - log))
-        tl.store(attended + place, result.to(attended.dtype.element_ty), mask=inside)
+        tl.store(output + index, result.to(output.dtype.element_ty), mask=inside)
