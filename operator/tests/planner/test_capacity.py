@@ -51,7 +51,7 @@ def test_kv_heads_are_split_over_gpus_and_replicated_beyond(facts):
 
 
 def test_h200_engine_bf16_and_fp8(facts):
-    """vLLM 0.25.1, whose layout of these caches is that of 0.32.0: both tokens from one memory size at 0.9."""
+    """vLLM 0.25.1, whose layout of these caches is that of 0.32.0, at 0.9: both from one memory size."""
     memory = 117_806_465_024
     llama = facts("llama-3.1-8b")
     assert option(llama, BF16, GPU, 131_072, memory).tokens == 898_784
