@@ -47,13 +47,23 @@ class Case:
     splits: int = 1
     """Items of each KV head that a schedule has room for, if they are not fewer than sequences."""
     dtype: torch.dtype = torch.float32
+    heavy: dict[int, float] | None = None
+    """As `Batch` has it."""
     options: dict[str, Any] = field(default_factory=dict)
 
     def batch(self) -> Batch:
         query_lens = [self.query_len if length else 0 for length in self.lengths]
         fmt = replace(KVFormat.parse(self.fmt), anchor=self.anchor)
-        heads = {"q_heads": self.group * self.kv_heads, "kv_heads": self.kv_heads}
-        batch = Batch(query_lens, list(self.lengths), fmt, self.head_dim, block_size=self.block_size, **heads)
+        batch = Batch(
+            query_lens,
+            list(self.lengths),
+            fmt,
+            self.head_dim,
+            q_heads=self.group * self.kv_heads,
+            kv_heads=self.kv_heads,
+            block_size=self.block_size,
+            heavy=self.heavy,
+        )
         batch.queries = [query.to(self.dtype).float() for query in batch.queries]
         return batch
 
@@ -115,6 +125,26 @@ CASES = {
         (8700,), "tq-k3v3", anchor=True, block_size=256, dtype=torch.bfloat16
     ),
 }
+# The others' weights are 2**-17 of the heavy token's: less than half a unit of a 15-bit weight.
+TAIL = Case((1500,), heavy={3: 12.0})
+CASES |= {
+    "a tail behind a heavy token": TAIL,
+    "a tail and sinks": replace(TAIL, options={"sinks": SINKS}),
+    "a tail in a window": replace(TAIL, lengths=(1700,), heavy={210: 12.0}, options={"window": 1500}),
+    "a tail and a soft cap": replace(TAIL, heavy={3: 14.0}, options={"soft_cap": 20.0}),
+    "a tail in splits": replace(TAIL, splits=3),
+    "a tail in splits that another kernel merges": replace(
+        TAIL, splits=3, fused=False, options={"sinks": SINKS}
+    ),
+    "a tail, k3v3": replace(TAIL, fmt="tq-k3v3"),
+    "a tail, k6v8": replace(TAIL, fmt="tq-k6v8"),
+    "a tail, query tokens": replace(TAIL, group=2, query_len=3),
+    "a tail, D 256": replace(TAIL, head_dim=256, group=8),
+    "a tail that is nothing": replace(TAIL, heavy={3: 90.0}),
+    "a tail between heavy tokens": replace(TAIL, heavy={3: 90.0, 1470: 90.0}),
+    "a heavy token at the end": replace(TAIL, heavy={1499: 12.0}),
+    "a heavier token at the end": replace(TAIL, heavy={3: 12.0, 1400: 90.0}),
+}
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +204,7 @@ def assert_close(case: Case, batch: Batch, result: torch.Tensor) -> None:
     assert (result[~used] == 0).all()
     exact = batch.oracle(**case.options)
     error = (result[used].double() - exact).norm(dim=-1) / exact.norm(dim=-1)
-    assert error.max() <= TOLERANCE
+    assert float(error.max()) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -35,6 +35,9 @@ class Batch:
     block_size: int = 16
     filler: int = 0xFF  # an fp16 scale of these bytes is NaN
     seed: int = 0
+    heavy: dict[int, float] | None = None
+    """Positions of tokens and the scores that every query has with them. All other tokens' scores are near 0
+    then, and values have a common part, so that what many light tokens add up to does not average out."""
     keys: list[torch.Tensor] = field(init=False)
     values: list[torch.Tensor] = field(init=False)
 
@@ -48,6 +51,8 @@ class Batch:
         self.keys = [normal(n, self.kv_heads) for n in self.seq_lens]
         self.values = [normal(n, self.kv_heads) for n in self.seq_lens]
         self.queries = [2 * normal(n, self.q_heads) for n in self.query_lens]
+        if self.heavy is not None:
+            self._make_heavy(normal(1, self.kv_heads))
         blocks = [-(-n // self.block_size) for n in self.seq_lens]
         total = sum(blocks) + 2
         order = torch.randperm(total, generator=generator).split([*blocks, 2])
@@ -70,6 +75,17 @@ class Batch:
                 + position % self.block_size
             )
             store(self.codec, self.keys[i], self.values[i], self.cache, slots)
+
+    def _make_heavy(self, common):
+        for keys, values, queries in zip(self.keys, self.values, self.queries, strict=True):
+            keys *= 0.1
+            values += common
+            # The shortest keys with these scores.
+            rows = queries.unflatten(1, (self.kv_heads, -1)).transpose(0, 1).flatten(1, 2)
+            key = torch.linalg.pinv(rows).sum(-1) * self.head_dim**0.5
+            for position, score in self.heavy.items():
+                keys[position] = key * score
+                values[position] -= common[0]
 
     def attend(self, **options):
         starts = torch.tensor([0, *self.query_lens]).cumsum(0).int()

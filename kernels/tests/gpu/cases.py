@@ -1,7 +1,7 @@
 """Cases for the GPU kernels: what they are specialized to, and random inputs for that.
 
 A kernel is compiled anew for what it is specialized to, which takes a second where a case takes a hundredth.
-So that is a list of at most 60 variants; each is compiled once, and everything else is drawn for each case.
+So that is a list of at most 65 variants; each is compiled once, and everything else is drawn for each case.
 
 What unused bytes hold is the worst there is: NaN scales in pages, block tables that point anywhere.
 """
@@ -27,6 +27,7 @@ from turboquant_kernels.formats import (
     KVFormat,
 )
 from turboquant_kernels.packing import KEY_SCALE, pages_of
+from turboquant_kernels.store import kernel as store_kernel
 from turboquant_kernels.store.reference import store
 
 T = TypeVar("T")
@@ -49,6 +50,9 @@ DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 BUDGET = 60_000
 """Tokens times KV heads of a case at most; a tenth of it for most."""
 _NEEDLE_SCORES = (12, 22)
+_HEAVY_CAP = 20.0
+HEAVY_TOKENS = 131_072
+"""Tokens of each sequence of a `heavy` case, in blocks that all sequences share."""
 FAR_BYTES = 9 << 30
 """A cache in which offsets of 4-byte words take 64 bits."""
 
@@ -72,9 +76,11 @@ class DecodeVariant:
     table_width: int = TABLE_WIDTHS[0]
     far: bool = False
     """Whether blocks are scattered over `FAR_BYTES`, and a sequence may have a million tokens."""
+    heavy: bool = False
+    """Whether an early token of a long sequence has half of the mass, and all others the rest: `HEAVY`."""
 
     def __str__(self) -> str:
-        options = [name for name in ("soft_cap", "sinks", "far") if getattr(self, name)]
+        options = [name for name in ("soft_cap", "sinks", "far", "heavy") if getattr(self, name)]
         options += [f"window {'/'.join(map(str, self.windows))}"] * bool(self.windows)
         shape = (
             f"D {self.head_dim}, {self.kv_heads} KV heads of {self.group}, {self.query_len} queries, "
@@ -141,10 +147,25 @@ ANCHORED = (
 """Formats with anchors on the default path: 4 and 8 rows of each head_dim, blocks of one and two anchors."""
 
 
+ISSUE_OF_THE_TAIL = DecodeVariant(None, KVFormat(4, 4), 128, 2, 4, batches=(264, 8), heavy=True)
+"""264 sequences and 2 KV heads: a program for each on the 132 multiprocessors of an H200. With 8 sequences
+each has 33 splits."""
+
+HEAVY = (
+    ISSUE_OF_THE_TAIL,
+    DecodeVariant(None, KVFormat(3, 3), 128, 1, 4, batches=(512, 64), windows=(100_000,), heavy=True),
+    DecodeVariant(None, KVFormat(8, 4), 128, 2, 8, batches=(198, 12), sinks=True, heavy=True),
+    DecodeVariant(None, KVFormat(5, 3), 64, 1, 1, 4, batches=(396, 33), soft_cap=True, heavy=True),
+    DecodeVariant("portable", KVFormat(4, 4), 128, 1, 4, batches=(512, 8), heavy=True),
+)
+"""Long sequences of which one program reads all, or much: what it has summed must not grow coarse with the
+largest weight that it has met. All sequences share their blocks, since they would take 4 GB else."""
+
+
 def decode_variants() -> list[DecodeVariant]:
-    """34 on the default path: as the first benchmark has them, every uniform format, `ANCHORED`. 10 on the
-    portable one: each width of keys, two with anchors, two of prod. Every head_dim, group and option
-    in its turn."""
+    """38 on the default path: as the first benchmark has them, every uniform format, `ANCHORED`, of `HEAVY`.
+    11 on the portable one: each width of keys, two with anchors, two of prod, of `HEAVY`. Every head_dim,
+    group and option in its turn."""
     anchored = [KVFormat(4, 4, anchor=True), KVFormat(5, 3, anchor=True)]
     prod = [fmt for fmt in COMPRESSED_FORMATS if fmt.encoding is Encoding.PROD]
     variants = [DecodeVariant(None, fmt, 128, 8, 4) for fmt in (KVFormat(4, 4), KVFormat(3, 3))]
@@ -159,7 +180,7 @@ def decode_variants() -> list[DecodeVariant]:
     portable = (*_diagonal(UNIFORM), *anchored, *prod[1:7:5])
     for i, fmt in enumerate(portable):
         variants.append(_decode_variant("portable", fmt, _turn(HEAD_DIMS, i), i + 3))
-    return variants
+    return [*variants, *HEAVY]
 
 
 def _decode_variant(path: str | None, fmt: KVFormat, head_dim: int, i: int) -> DecodeVariant:
@@ -232,6 +253,8 @@ def decode_step(
     """A case of a variant: `budget` bounds the tokens times KV heads."""
     if num_seqs is None:
         num_seqs = variant.batches[draw.random() < 0.15]
+    if variant.heavy:
+        return heavy_step(variant, draw, device, tokens=HEAVY_TOKENS * budget // BUDGET, num_seqs=num_seqs)
     if draw.random() < 0.85:
         budget //= 10
     elif variant.far and budget == BUDGET and draw.random() < 0.3:
@@ -262,6 +285,60 @@ def decode_step(
         window=draw.choice(variant.windows) if variant.windows else None,
         soft_cap=draw.choice((2.0, 20.0)) if variant.soft_cap else None,
         sinks=sinks,
+    )
+
+
+def heavy_step(
+    variant: DecodeVariant,
+    draw: random.Random,
+    device: torch.device,
+    *,
+    tokens: int,
+    num_seqs: int,
+    place: int | None = None,
+) -> DecodeStep:
+    """`num_seqs` sequences of the same `tokens` tokens.
+
+    Of the tokens that all queries see the one at `place` has about half of the mass; by default any of the
+    first 64. Values have a common part, so that what is lost of the others does not average out.
+    """
+    codec, kv_heads, head_dim = Codec(variant.fmt, variant.head_dim), variant.kv_heads, variant.head_dim
+    step = random_step(
+        codec,
+        [tokens],
+        variant.group * kv_heads,
+        kv_heads,
+        device,
+        block_size=variant.block_size,
+        seed=draw.getrandbits(32),
+    )
+    window = draw.choice(variant.windows) if variant.windows else None
+    first = 0 if window is None else max(0, tokens - window)
+    heavy = first + (draw.randrange(min(64, tokens - first)) if place is None else place)
+    # Scores of the others are standard normal, and e**.5 is the mean of their exponentials.
+    mass = math.log(tokens) + 0.5
+    score = mass if not variant.soft_cap else _HEAVY_CAP * math.atanh(mass / _HEAVY_CAP)
+    direction = torch.randn(head_dim, device=device)
+    key = torch.randn(tokens, kv_heads, head_dim, device=device)
+    value = torch.randn(tokens, kv_heads, head_dim, device=device) + torch.randn(head_dim, device=device)
+    key[heavy] = direction * (score / step.scale / direction.square().sum())
+    value[heavy] = torch.randn(kv_heads, head_dim, device=device)
+    position = torch.arange(tokens, device=device)
+    block = step.block_table[0, position // variant.block_size].long()
+    slots = block * variant.block_size + position % variant.block_size
+    (store_kernel.store if device.type == "cuda" else store)(codec, key, value, step.kv_cache, slots)
+    _poison(step, [tokens])
+    table = _widened(step, [tokens], variant.table_width, draw).expand(num_seqs, -1).contiguous()
+    noise = torch.randn(num_seqs * variant.query_len, step.query.shape[1], head_dim, device=device)
+    return replace(
+        step,
+        query=(direction + 0.2 * noise).bfloat16(),
+        block_table=table,
+        seq_lens=torch.full((num_seqs,), tokens, dtype=torch.int32, device=device),
+        query_len=variant.query_len,
+        window=window,
+        soft_cap=_HEAVY_CAP if variant.soft_cap else None,
+        sinks=mass - 2 + torch.randn(step.query.shape[1], device=device) if variant.sinks else None,
     )
 
 

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import checks
 import fuzz
 import sanitize
 import sources
@@ -42,7 +43,7 @@ def record(*, seed: int, cases: int = fuzz.CASES, seconds: float = sanitize.SECO
     slowest = max(reports, key=lambda report: report.compile_seconds)
     failures = [failure for report in reports for failure in report.failures]
     captured = sum(report.captured for report in reports)
-    found = {
+    found: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(),
         "date": datetime.date.today().isoformat(),
         "sources": sources.digest(),
@@ -66,6 +67,10 @@ def record(*, seed: int, cases: int = fuzz.CASES, seconds: float = sanitize.SECO
             "slowest": {slowest.name: round(slowest.compile_seconds, 1)},
         },
     }
+    try:
+        found["tail"] = {"error": float(f"{checks.check_tail(device):.2e}")}
+    except AssertionError as error:
+        found["tail"] = {"failure": str(error)}
     left = max(1.0, seconds + 30 - fuzzed)
     for tool, started in sweeps.items():
         found[tool] = {sweep.share: sweep.verdict(left) for sweep in started}
@@ -90,6 +95,8 @@ def problems(found: dict[str, Any]) -> list[str]:
     wrong = list(found["fuzz"]["failures"])
     if found["graphs"]["passed"] < found["graphs"]["captured"]:
         wrong.append(f"graphs: {found['graphs']}")
+    if "failure" in found.get("tail", {}):
+        wrong.append(f"tail: {found['tail']['failure']}")
     for tool in sanitize.TOOLS:
         verdicts = found[tool].items()
         wrong += [f"{tool} {share}: {verdict}" for share, verdict in verdicts if verdict.startswith("failed")]

@@ -2,22 +2,26 @@
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from cases import (
     DTYPES,
     GROUPS,
+    HEAVY,
     UNIFORM,
     WINDOWS,
     all_variants,
     decode_step,
     decode_variants,
+    heavy_step,
     key_length,
     prefill_step,
     prefill_variants,
     store_variants,
 )
+from checks import asked_of
 from sanitize import SHARES, swept
 
 from turboquant_kernels.bench import oracle
@@ -28,9 +32,9 @@ from turboquant_kernels.packing import KEY_SCALE, pages_of
 CPU = torch.device("cpu")
 
 
-def test_at_most_60_variants_each_with_a_name_of_its_own():
+def test_at_most_65_variants_each_with_a_name_of_its_own():
     names = [str(variant) for variant in all_variants()]
-    assert len(names) == len(set(names)) <= 60
+    assert len(names) == len(set(names)) <= 65
 
 
 @pytest.mark.parametrize("path", [None, "portable"])
@@ -39,7 +43,7 @@ def test_decode_variants_cover_every_width_head_dim_and_option_on_both_paths(pat
     assert {variant.head_dim for variant in own} >= set(HEAD_DIMS if path else hopper.HEAD_DIMS)
     assert {variant.fmt.key_bits for variant in own} == set(KEY_BITS)
     assert {variant.fmt.value_bits for variant in own} == set(VALUE_BITS)
-    for option in ("soft_cap", "sinks", "far"):
+    for option in ("soft_cap", "sinks", "far", "heavy"):
         assert {getattr(variant, option) for variant in own} == {True, False}
     assert {variant.windows for variant in own} >= {(), WINDOWS[1], WINDOWS[2]}
     assert {variant.fmt.anchor for variant in own} == {True, False}
@@ -75,7 +79,8 @@ def test_sweeps_of_the_sanitizer_have_kernels_of_every_kind():
 @pytest.fixture(scope="module")
 def steps():
     draw = random.Random(0)
-    plain = [v for v in decode_variants() if not (v.fmt.anchor or v.sinks) and max(v.batches) < 256]
+    plain = [v for v in decode_variants() if not (v.fmt.anchor or v.sinks or v.heavy)]
+    plain = [v for v in plain if max(v.batches) < 256]
     return [decode_step(plain[i % 4], draw, CPU, budget=3000) for i in range(60)]
 
 
@@ -123,6 +128,34 @@ def test_some_steps_have_a_long_key_which_is_told(steps):
     lengths = [key_length(step) for step in steps]
     assert max(lengths) > 3
     assert lengths.count(1.0) > len(lengths) / 2
+
+
+def test_half_of_the_mass_of_long_sequences_is_early_and_the_rest_adds_up():
+    for variant in HEAVY:
+        step = heavy_step(variant, random.Random(0), CPU, tokens=4096, num_seqs=2)
+        blocks = step.block_table[0, : -(-4096 // variant.block_size)].long()
+        key, value = oracle.decompress(
+            step.codec, pages_of(step.kv_cache, step.codec.layout)[blocks].flatten(0, 1)
+        )
+        score = step.query[0, 0].double() @ oracle.rotation(step.codec, CPU).T @ key[0].T * step.scale
+        if step.soft_cap:
+            score = step.soft_cap * torch.tanh(score / step.soft_cap)
+        weight = score.softmax(-1)
+        assert weight[:64].max() == weight.max()
+        assert 0.2 < weight.max() < 0.8
+        others = weight.clone()
+        others[weight.argmax()] = 0
+        part = others @ value[0]
+        assert part.norm() > 0.2 * (weight @ value[0]).norm()
+
+
+def test_the_oracle_is_asked_of_some_sequences_where_all_would_take_too_long():
+    variant = replace(HEAVY[0], batches=(8, 8))
+    step = heavy_step(variant, random.Random(0), CPU, tokens=256, num_seqs=8)
+    assert asked_of(step) == list(range(8))
+    longer = replace(step, seq_lens=step.seq_lens + 250_000)
+    assert asked_of(longer) == [0]
+    assert asked_of(replace(step, seq_lens=step.seq_lens + 130_000)) == [0]
 
 
 def test_chunks_of_prefill_are_ragged_and_some_contexts_take_several_tiles():

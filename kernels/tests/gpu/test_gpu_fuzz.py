@@ -28,19 +28,19 @@ def run(**options):
 
 
 def test_every_variant_takes_its_share_of_the_cases(drawn):
-    reports = run(cases=300)
-    assert [report.cases for report in reports] == [5] * 60
+    reports = run(cases=325)
+    assert [report.cases for report in reports] == [5] * 65
     assert drawn.keys() == {str(variant) for variant in all_variants()}
-    assert len({number for numbers in drawn.values() for number in numbers}) == 300
+    assert len({number for numbers in drawn.values() for number in numbers}) == 325
 
 
 def test_a_failure_names_the_case_that_draws_the_same_again(drawn):
-    failing = [report for report in run(cases=300) if report.failures]
+    failing = [report for report in run(cases=325) if report.failures]
     assert failing
     first = failing[0].failures[0]
     assert first.endswith(f"{failing[0].name}: ValueError: too small")
     case = int(first.split(":")[0].removeprefix("seed 5 case "))
-    before = drawn[failing[0].name][case // 60]
+    before = drawn[failing[0].name][case // 65]
     drawn.clear()
     (again,) = run(only=case)
     assert again.failures == [first]
@@ -48,6 +48,6 @@ def test_a_failure_names_the_case_that_draws_the_same_again(drawn):
 
 
 def test_the_largest_error_is_kept_and_no_case_begins_late(drawn):
-    report = run(cases=600)[7]
+    report = run(cases=650)[7]
     assert report.worst_error == max(drawn[report.name])
-    assert sum(report.cases for report in run(cases=600, seconds=-1)) == 0
+    assert sum(report.cases for report in run(cases=650, seconds=-1)) == 0

@@ -42,6 +42,7 @@ def test_a_kernels_source_changes_the_digest_and_others_do_not(tmp_path, monkeyp
     [
         {"fuzz": {"failures": ["seed 1 case 2: decode: AssertionError"]}},
         {"graphs": {"captured": 2, "passed": 1}},
+        {"tail": {"failure": "relative error 1.2e-01 of the float32 result"}},
         {"racecheck": {"default": "clean: 6 of 6 variants", "others": "failed: 3 hazards"}},
     ],
 )
@@ -49,6 +50,7 @@ def test_faults_in_a_record_are_told(fault):
     good = {
         "fuzz": {"failures": []},
         "graphs": {"captured": 2, "passed": 2},
+        "tail": {"error": 2e-4},
         "memcheck": {"default": "clean: 6 of 6 variants"},
         "racecheck": {"default": "skipped: stopped without a report, after 2 of 6 variants"},
     }

@@ -51,11 +51,11 @@ def share_sums(attended, half_weight, INDEX: gl.constexpr, SPEC: gl.constexpr):
 
 
 @gluon.jit
-def merge_warps(sums, maxima, totals, INDEX: gl.constexpr, SPEC: gl.constexpr):
-    """What was shared of all warps: sums of a block [R, coordinates], maxima and sums of weights [R]."""
+def merge_warps(sums, references, totals, INDEX: gl.constexpr, SPEC: gl.constexpr):
+    """What was shared of all warps: sums of a block [R, coordinates], references and sums of weights [R]."""
     L: gl.constexpr = _read_layout(SPEC.W, SPEC.R, SPEC.VALUE_BLOCKS[INDEX])
     ROW: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(0, L))
-    m = maxima.load(gl.SliceLayout(2, L))
+    m = references.load(gl.SliceLayout(2, L))
     highest = gl.max(m, axis=0)
     share = gl.exp2(m - highest[None, :])
     total = gl.sum(totals.load(gl.SliceLayout(2, L)) * share, axis=0)

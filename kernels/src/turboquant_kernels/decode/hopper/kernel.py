@@ -140,24 +140,24 @@ def decode_kernel(
 
     total = gl.convert_layout(gl.sum(attended.total, axis=1), ROW)
     half_weight = gl.convert_layout(gl.sum(attended.scaled, axis=1), ROW) * (0.5 * WEIGHT_ONE)  # of c + 1/2
-    maxima = share_rows(attended.maximum, SPEC)
+    references = share_rows(attended.reference, SPEC)
     totals = share_rows(total, SPEC)
     blocks = ()
     for i in gl.static_range(len(SPEC.VALUE_BLOCKS)):
         blocks = blocks + (share_sums(attended.sums, half_weight, i, SPEC),)
     for i in gl.static_range(len(SPEC.VALUE_BLOCKS)):
-        x, maximum, weights = merge_warps(blocks[i], maxima, totals, i, SPEC)
+        x, reference, weights = merge_warps(blocks[i], references, totals, i, SPEC)
         d = (
             i * SPEC.VALUE_BLOCK
             + gl.arange(0, SPEC.VALUE_BLOCKS[i], gl.SliceLayout(0, x.type.layout))[None, :]
         )
         if SPEC.FUSED:
             if count == 1:
-                store_alone(attended_out, sinks, unit, rows, d, x, maximum, weights, SPEC)
+                store_alone(attended_out, sinks, unit, rows, d, x, reference, weights, SPEC)
             else:
-                store_split(partial, stats, d, x, maximum, weights, i == 0, SPEC)
+                store_split(partial, stats, d, x, reference, weights, i == 0, SPEC)
         else:
-            store_split(partial, stats, d, x, maximum, weights, i == 0, SPEC)
+            store_split(partial, stats, d, x, reference, weights, i == 0, SPEC)
     if SPEC.FUSED:
         if count == 1:
             return

@@ -22,7 +22,10 @@ def _layout(warps):
 
 @gluon.jit
 def merge_splits(attended, partial, stats, sinks, unit, rows, first, count, SPEC: gl.constexpr):
-    """Writes a program's rows of a sequence's `count` splits, items `first` and up."""
+    """Writes a program's rows of a sequence's `count` splits, items `first` and up.
+
+    The larger of the splits' references is one too: sums relative to it are no larger than a split's own.
+    """
     D: gl.constexpr = SPEC.D
     R: gl.constexpr = SPEC.R
     L: gl.constexpr = _layout(SPEC.W)
@@ -74,22 +77,22 @@ def store_zeros(attended, rows, SPEC: gl.constexpr):
 
 
 @gluon.jit
-def store_alone(attended, sinks, unit, rows, d, x, maximum, total, SPEC: gl.constexpr):
+def store_alone(attended, sinks, unit, rows, d, x, reference, total, SPEC: gl.constexpr):
     """Writes what `merge_splits` would write of a sequence's only split.
 
-    x, maximum, total: float32 [R, N], [R], [R], x of the coordinates d, [1, N].
+    x, reference, total: float32 [R, N], [R], [R], x of the coordinates d, [1, N].
     """
-    row = rows.first + gl.arange(0, SPEC.R, maximum.type.layout)
+    row = rows.first + gl.arange(0, SPEC.R, reference.type.layout)
     used = row < rows.total
     if sinks is None:
-        share = gl.where(maximum > SOMETHING, 1.0, 0.0)
+        share = gl.where(reference > SOMETHING, 1.0, 0.0)
         total = total * share
     else:
         sink = (
             gl.load(sinks + rows.query_head + row % SPEC.GROUP, mask=used, other=0.0).to(gl.float32) * LOG2_E
         )
-        highest = gl.maximum(maximum, sink)
-        share = gl.where(maximum > SOMETHING, gl.exp2(maximum - highest), 0.0)
+        highest = gl.maximum(reference, sink)
+        share = gl.where(reference > SOMETHING, gl.exp2(reference - highest), 0.0)
         total = total * share + gl.exp2(sink - highest)
     result = gl.where((total == 0.0)[:, None], 0.0, x * (share * unit / total)[:, None])
     out = place_of(rows, row, SPEC) * SPEC.D
@@ -97,12 +100,12 @@ def store_alone(attended, sinks, unit, rows, d, x, maximum, total, SPEC: gl.cons
 
 
 @gluon.jit
-def store_split(partial, stats, d, x, maximum, total, FIRST: gl.constexpr, SPEC: gl.constexpr):
+def store_split(partial, stats, d, x, reference, total, FIRST: gl.constexpr, SPEC: gl.constexpr):
     """Stores what `merge_splits` reads of this program's split; with the FIRST coordinates its stats."""
-    row = partial_row(gl.program_id(0), gl.arange(0, SPEC.R, maximum.type.layout), SPEC)
+    row = partial_row(gl.program_id(0), gl.arange(0, SPEC.R, reference.type.layout), SPEC)
     gl.store(partial + row[:, None] * SPEC.D + d, x, mask=(d < SPEC.D) & (row >= 0)[:, None])
     if FIRST:
-        gl.store(stats + row * 2, maximum)
+        gl.store(stats + row * 2, reference)
         gl.store(stats + row * 2 + 1, total)
 
 

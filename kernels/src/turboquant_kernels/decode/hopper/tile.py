@@ -1,8 +1,12 @@
 """A tile of pages: what its tokens add to the attention of a program's rows.
 
-Logits are in base 2. A value's scale multiplies its token's weight, so its logarithm is added to the logit
-that the running maximum is taken of, and the weights are relative to that. Levels are step * (c + 1/2): the
-halves enter by the sum of the query's coordinates and the sum of the weights.
+Logits are in base 2. A value's scale multiplies its token's weight, so its logarithm is added to the logit.
+Levels are step * (c + 1/2): the halves enter by the sum of the query's coordinates and the sum of the weights.
+
+Weights and sums are relative to 2**reference. Weights of 15 bits would lose whatever follows one heavy token
+if that were the largest logit so far, so it is the tile's own: each tile's weights are rounded relative to its
+own largest one, and what was summed before is multiplied by 2**(old reference - new reference). That may be
+more than 1, so the reference stays within `_REACH` of the largest logit of all.
 """
 
 from typing import Any, NamedTuple
@@ -18,6 +22,13 @@ from turboquant_kernels.decode.hopper.ring import load_keys, load_scales, load_v
 from turboquant_kernels.decode.hopper.values import add_sums, no_sums, sum_values, value_operand, weights_of
 from turboquant_kernels.decode.logits import LOG2_E, NOTHING
 
+_REACH = gl.constexpr(40.0)
+"""Powers of two that a reference may lie below the largest logit. What a tile that far below adds is less than
+2**-40 of the largest token's part for each token: a million of them are 2**-20. And sums stay finite in
+float32. A token adds at most 2**40 to `scaled` and 2**40 * 32512 * 128 < 2**62 to `sums`. To `total`, from
+which its value's scale is left out, it adds at most 2**40 / 2**-40, the least scale that a logit is given. So
+2**24 tokens of a program, and as many splits as a merge adds up, are less than 2**127 in each."""
+
 _LOG2 = gl.constexpr("lg2.approx.ftz.f32 $0, $1;")
 
 
@@ -25,7 +36,10 @@ class Attended(NamedTuple):
     """What each warp knows of the tokens that it has read."""
 
     maximum: Any
-    """float32 [W, R]: the largest of logits and logarithms of their values' scales."""
+    """float32 [W, R]: the largest sum of a logit and the logarithm of its value's scale, `NOTHING` where a row
+    has seen no token."""
+    reference: Any
+    """float32 [W, R]: what the following are relative to, as powers of two; `NOTHING` with the maximum."""
     total: Any
     """float32 [W, 8, R]: sums of weights, of each lane's own tokens."""
     scaled: Any
@@ -66,7 +80,7 @@ def nothing_attended(SPEC: gl.constexpr):
     S: gl.constexpr = no_logits(SPEC).type.layout
     maximum = gl.full([SPEC.W, SPEC.R], NOTHING, gl.float32, gl.SliceLayout(1, S))
     zeros = _sum_of_lanes(no_logits(SPEC), SPEC)
-    return Attended(maximum, zeros, zeros, no_sums(SPEC))
+    return Attended(maximum, maximum, zeros, zeros, no_sums(SPEC))
 
 
 @gluon.jit
@@ -95,15 +109,19 @@ def attend_tile(attended, tile, position, anchor_logits, index, queries, tables,
             seen = seen & (position + token > queries.last[:, None, :] - limits.window)
         s = gl.where(seen, s, NOTHING)
         weighted = gl.where(seen, weighted, NOTHING)
-    maximum = gl.maximum(attended.maximum, gl.max(weighted, axis=1))
-    decay = gl.exp2(attended.maximum - maximum)
-    p = gl.exp2(weighted - maximum[:, None, :])
+    # A tile of which a row sees nothing: before others all is `NOTHING`, and what weights of 1 sum up here is
+    # multiplied by 0 once the row sees a token; after others the reference falls, and weights are 0.
+    of_tile = gl.max(weighted, axis=1)
+    maximum = gl.maximum(attended.maximum, of_tile)
+    reference = gl.maximum(of_tile, maximum - _REACH)
+    decay = gl.exp2(attended.reference - reference)
+    p = gl.exp2(weighted - reference[:, None, :])
     lane_decay = gl.convert_layout(decay, gl.SliceLayout(1, attended.total.type.layout), assert_trivial=True)
     lane_decay = lane_decay[:, None, :]
-    total = attended.total * lane_decay + _sum_of_lanes(gl.exp2(s - maximum[:, None, :]), SPEC)
+    total = attended.total * lane_decay + _sum_of_lanes(gl.exp2(s - reference[:, None, :]), SPEC)
     scaled = attended.scaled * lane_decay + _sum_of_lanes(p, SPEC)
     sums = _add_values(attended.sums, decay, tile, tables.of_values, weights_of(p, SPEC), SPEC)
-    return Attended(maximum, total, scaled, sums)
+    return Attended(maximum, reference, total, scaled, sums)
 
 
 @gluon.jit
