@@ -5,8 +5,6 @@ registers. A program takes a tile of consecutive tokens of one KV head, their ke
 consecutive tokens mostly stand next to each other in a page, where their short rows fill whole sectors.
 """
 
-import dataclasses
-from collections.abc import Iterator
 from functools import cache
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -16,13 +14,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from turboquant_kernels.aot import AotVariant
 from turboquant_kernels.codebook import MAX_BITS, codebook
 from turboquant_kernels.codec import MAX_SCALE, Codec
 from turboquant_kernels.formats import (
     ANCHOR_TOKENS,
-    COMPRESSED_FORMATS,
-    HEAD_DIMS,
     PAGE_TOKENS,
     SCALE_BYTES,
     Encoding,
@@ -53,7 +48,7 @@ from turboquant_kernels.rotation_kernel import (
 )
 from turboquant_kernels.store.pack_kernel import store_codes, store_projected_signs
 
-_NUM_WARPS = 4
+NUM_WARPS = 4
 
 # What the kernel's functions take from other modules.
 _MAX_BITS = tl.constexpr(MAX_BITS)
@@ -94,11 +89,11 @@ def store(
     num_tokens = slot_mapping.shape[0]
     if not num_tokens:
         return
-    constexprs = _specialization(codec.fmt, codec.head_dim)
+    constexprs = store_constexprs(codec.fmt, codec.head_dim)
     prod = codec.fmt.encoding is Encoding.PROD
     overlap = overlaps(key.device)
     grid = (triton.cdiv(num_tokens, constexprs["ROWS"]), kv_heads, 2)
-    _store_kernel[grid](
+    store_kernel[grid](
         key,
         value,
         kv_cache,
@@ -115,31 +110,9 @@ def store(
         value.stride(1),
         **constexprs,
         OVERLAP=overlap,
-        num_warps=_NUM_WARPS,
+        num_warps=NUM_WARPS,
         launch_pdl=overlap,
     )
-
-
-def variants() -> Iterator[AotVariant]:
-    """What ships: all formats and head dimensions, bf16 keys and values."""
-    pointers = {"key": "*bf16", "value": "*bf16", "cache": "*u8", "slots": "*i64", "signs": "*fp32"}
-    strides = ["block_stride"] + [
-        f"{what}_{of}_stride" for what in ("key", "value") for of in ("token", "head")
-    ]
-    integers = dict.fromkeys(["num_tokens", "kv_heads", "block_size", *strides], "i32")
-    # Anchors concern the keys alone: one width of values is enough.
-    anchored = [dataclasses.replace(fmt, anchor=True) for fmt in COMPRESSED_FORMATS if fmt.value_bits == 4]
-    for fmt in (*COMPRESSED_FORMATS, *anchored):
-        for head_dim in HEAD_DIMS:
-            prod = fmt.encoding is Encoding.PROD
-            yield AotVariant(
-                name=f"store-{fmt.name.removeprefix('tq-')}{'-anchor' if fmt.anchor else ''}-d{head_dim}",
-                kernel=_store_kernel,
-                signature={**pointers, **({"projection": "*fp32"} if prod else {}), **integers},
-                constexprs=_specialization(fmt, head_dim) | ({} if prod else {"projection": None}),
-                num_warps=_NUM_WARPS,
-                divisible=("block_size", *strides),
-            )
 
 
 class Codes(NamedTuple):
@@ -159,16 +132,16 @@ class Codes(NamedTuple):
 
 
 @cache
-def _specialization(fmt: KVFormat, head_dim: int) -> dict[str, Any]:
-    """The kernel's constexprs for a format: what is compiled ahead is what runs."""
+def store_constexprs(fmt: KVFormat, head_dim: int) -> dict[str, Any]:
+    """What `store_kernel` is specialized to for a format; `OVERLAP` follows from the GPU."""
     layout = page_layout(fmt, head_dim)
-    hadamard_factors = factors(head_dim)
+    hadamard = factors(head_dim)
     signs = layout.key_residual_signs
     return {
         "HEAD_DIM": head_dim,
-        "INNER": hadamard_factors.inner,
-        "NEGATIVE": hadamard_factors.negative,
-        "ROWS": tile_rows(head_dim, _NUM_WARPS),
+        "INNER": hadamard.inner,
+        "NEGATIVE": hadamard.negative,
+        "ROWS": tile_rows(head_dim, NUM_WARPS),
         "KEY_CODES": _codes(layout.key_planes, key_order(fmt, head_dim)),
         "VALUE_CODES": _codes(layout.value_planes, value_order(fmt, head_dim)),
         "RESIDUAL_SIGNS": signs.offset if signs else None,
@@ -180,6 +153,7 @@ def _specialization(fmt: KVFormat, head_dim: int) -> dict[str, Any]:
 
 
 def _codes(regions: tuple[Region, ...], order: CodeOrder) -> Codes:
+    """The `Codes` of keys or of values, whose planes are these regions of a page."""
     book = codebook(order.bits, order.head_dim)
     offsets = [region.offset for region in regions]
     first_bits = accumulate(order.widths[:-1], initial=0)
@@ -193,8 +167,15 @@ def _codes(regions: tuple[Region, ...], order: CodeOrder) -> Codes:
     )
 
 
+def variants():
+    """`store.variants.variants`, where `aot` looks for them."""
+    from turboquant_kernels.store.variants import variants
+
+    return variants()
+
+
 @triton.jit(do_not_specialize=["num_tokens", "kv_heads"])
-def _store_kernel(
+def store_kernel(
     key,
     value,
     cache,  # uint8 [blocks, block_size / 16, kv_heads, page bytes], each block followed by its anchors
