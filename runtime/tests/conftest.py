@@ -224,8 +224,11 @@ def facts() -> SimpleNamespace:
         encoder_decoder=False,
         hybrid=False,
         chunked_local_attention=False,
-        bidirectional_images=False,
+        reference_window=False,
+        bidirectional_modalities=(),
         context_parallel=False,
         dual_batch=False,
+        adaptive_verification=False,
+        fast_prefill=False,
         kv_connector=None,
     )

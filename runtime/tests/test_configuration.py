@@ -9,8 +9,8 @@ from turboquant_kernels.plans import KVPlan
 from turboquant_runtime.configuration import (
     EngineFacts,
     RefusedConfiguration,
+    attention_layers,
     check_servable,
-    plain_layers,
     requested_plan,
 )
 
@@ -36,7 +36,6 @@ def test_a_plan_overrides_the_format_and_sets_the_seed() -> None:
     assert plan is not None
     assert plan.layers[0] == KVFormat(5, 3)
     assert plan.seed == 7
-    assert plain_layers(plan) == (1,)
 
 
 @pytest.mark.parametrize(
@@ -46,6 +45,7 @@ def test_a_plan_overrides_the_format_and_sets_the_seed() -> None:
         ("tq-k4v4", document(K5V3), "1 layers, but the model has 2 attention layers"),
         ("tq-k4v4", document(K5V3, {"key_bits": 7, "value_bits": 4}), "layers[1]: key_bits 7"),
         ("tq-k4v4", document(K5V3, K5V3, version=2), "version is 2"),
+        ("tq-k4v4", document(BF16, BF16), "no layer is compressed"),
         ("tq-k4v4", {"turboquant": "plan.json"}, "not an object"),
     ],
 )
@@ -69,7 +69,12 @@ def test_every_format_can_be_served_on_the_cpu(facts: SimpleNamespace) -> None:
         ("hybrid", True, "served on GPUs only"),
         ("chunked_local_attention", True, "chunked local attention"),
         ("kv_connector", "OffloadingConnector", "OffloadingConnector"),
-        ("bidirectional_images", True, "--limit-mm-per-prompt"),
+        ("bidirectional_modalities", ("image",), """--limit-mm-per-prompt '{"image": 0}'"""),
+        ("bidirectional_modalities", ("video",), """--limit-mm-per-prompt '{"video": 0}'"""),
+        ("bidirectional_modalities", ("image", "video"), """'{"image": 0, "video": 0}'"""),
+        ("reference_window", True, "R-SWA"),
+        ("adaptive_verification", True, "adaptive verification"),
+        ("fast_prefill", True, "--kv-sharing-fast-prefill"),
         ("block_size", 24, "multiple of 16"),
         ("head_dim", 72, "head_dim 72"),
         ("draft_head_dim", 72, "the draft model's head_dim 72"),
@@ -122,3 +127,16 @@ def test_fp8_layers_beside_compressed_ones_are_refused(facts: SimpleNamespace) -
     plan = KVPlan((KVFormat(4, 4), KVFormat.parse("fp8")))
     with pytest.raises(RefusedConfiguration, match=r"layers\[1\] is fp8"):
         check_servable(plan, EngineFacts(**vars(facts)))
+
+
+@pytest.mark.parametrize(
+    ("layer_types", "expected"),
+    [
+        (None, (0, 1, 2)),
+        (["linear_attention", "full_attention", "sliding_attention"], (1, 2)),
+        (["mamba", "attention", "mlp"], (1,)),
+        (["hybrid", "hybrid", "hybrid"], (0, 1, 2)),
+    ],
+)
+def test_a_plan_is_for_the_layers_with_attention(layer_types, expected) -> None:
+    assert attention_layers(3, layer_types) == expected

@@ -21,7 +21,9 @@ def make_impl(monkeypatch: pytest.MonkeyPatch):
         speculative_config=None,
         additional_config={"turboquant": PLAN.to_dict()},
         cache_config=SimpleNamespace(cache_dtype="tq-k4v4"),
-        model_config=SimpleNamespace(get_total_num_hidden_layers=lambda: 2),
+        model_config=SimpleNamespace(
+            get_total_num_hidden_layers=lambda: 2, is_hybrid=False, max_model_len=1024
+        ),
     )
     monkeypatch.setattr(base, "get_current_vllm_config", lambda: config)
 
@@ -62,7 +64,7 @@ class Batch:
 
     def cache(self, fmt: KVFormat) -> torch.Tensor:
         blocks = self.block_table.numel()
-        return torch.randint(255, (blocks, BLOCK, KV_HEADS, fmt.slot_bytes(HEAD_DIM)), dtype=torch.uint8)
+        return torch.randint(255, (blocks, KV_HEADS, BLOCK, fmt.slot_bytes(HEAD_DIM)), dtype=torch.uint8)
 
     def metadata(self):
         from turboquant_runtime.backends.cpu import CompressedCPUMetadata
@@ -122,6 +124,11 @@ def test_attention_reads_what_the_format_stores(make_impl, history, new, window,
     impl = make_impl(sliding_window=window, logits_soft_cap=cap)
     expected = batch.expected(Codec(PLAN.layers[0], HEAD_DIM, PLAN.seed), impl.scale, window, cap)
     torch.testing.assert_close(batch.run(impl, 0, PLAN.layers[0]), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_window_that_no_sequence_is_longer_than_is_none(make_impl) -> None:
+    assert make_impl(sliding_window=1023).sliding_window == 1023
+    assert make_impl(sliding_window=1024).sliding_window is None
 
 
 def test_a_layer_uses_its_own_format_of_the_plan(make_impl) -> None:

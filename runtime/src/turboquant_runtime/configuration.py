@@ -6,7 +6,7 @@ here, and what this release cannot serve is refused before a weight is read. Pur
 adapter of the installed vLLM version hands in plain values.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,7 @@ class EngineFacts:
     dtype: str
     """The model's own, `bfloat16`."""
     num_layers: int
-    """Attention layers of the whole model, over all pipeline stages."""
+    """Layers with attention in the whole model, over all pipeline stages."""
     head_dim: int
     draft_head_dim: int | None
     """Of the draft model, where one speculates."""
@@ -58,24 +58,46 @@ class EngineFacts:
     hybrid: bool
     """Has linear-attention or state-space layers beside attention."""
     chunked_local_attention: bool
-    bidirectional_images: bool
-    """Tokens of one image see each other in both directions, and images are not switched off."""
+    reference_window: bool
+    """A sliding window that leaves prompts visible (R-SWA)."""
+    bidirectional_modalities: tuple[str, ...]
+    """Those that are not switched off and whose tokens see each other in both directions: `image`, `video`."""
     context_parallel: bool
     """One sequence's cache is divided among GPUs."""
     dual_batch: bool
     """Two halves of a batch are computed at the same time on one GPU."""
+    adaptive_verification: bool
+    """Drafts are cut short on the device, where the host does not see it."""
+    fast_prefill: bool
+    """Layers that share a cache skip the prompt's tokens (`--kv-sharing-fast-prefill`)."""
     kv_connector: str | None
     """vLLM's name of what carries KV pages out of the engine: offloading, disaggregated prefill."""
 
 
+def attention_layers(num_layers: int, layer_types: Sequence[str] | None) -> tuple[int, ...]:
+    """Indices of the layers that have attention, of a model whose config.json names each layer's type, or None.
+
+    Names are those of Hugging Face: `linear_attention` and `mamba` have none; `hybrid` has both.
+    """
+    if layer_types is None:
+        return tuple(range(num_layers))
+    return tuple(
+        index
+        for index, name in enumerate(layer_types)
+        if name == "hybrid" or (name.endswith("attention") and name != "linear_attention")
+    )
+
+
 def requested_plan(cache_dtype: str, additional_config: Mapping[str, Any], num_layers: int) -> KVPlan | None:
-    """The format of every attention layer, None where no format of this package is chosen.
+    """The format of every layer with attention, of which the model has `num_layers`; None where
+    no format of this package is chosen.
 
     A KV plan needs a `--kv-cache-dtype` of this package beside it, which vLLM uses to tell compressed layers
     from others; its entries override that format. Entries of the plain bf16 format are layers that keep the
     model's own dtype.
 
-    Raises RefusedConfiguration for a plan that is malformed, does not fit the model, or comes alone.
+    Raises RefusedConfiguration for a plan that is malformed, does not fit the model, compresses nothing, or
+    comes alone.
     """
     document = additional_config.get(PLAN_KEY)
     if cache_dtype not in CACHE_DTYPES:
@@ -101,12 +123,11 @@ def requested_plan(cache_dtype: str, additional_config: Mapping[str, Any], num_l
             f"KV plan: {len(plan.layers)} layers, but the model has {num_layers} attention layers: "
             "make the plan for this model, or leave it out for a uniform format"
         )
+    if not any(layer.compressed for layer in plan.layers):
+        raise RefusedConfiguration(
+            "KV plan: no layer is compressed: start with --kv-cache-dtype auto, or give a layer fewer bits"
+        )
     return plan
-
-
-def plain_layers(plan: KVPlan) -> tuple[int, ...]:
-    """Indices of the layers that keep the model's own dtype."""
-    return tuple(index for index, layer in enumerate(plan.layers) if layer == BF16)
 
 
 def check_servable(plan: KVPlan, facts: EngineFacts) -> None:
@@ -118,8 +139,11 @@ def check_servable(plan: KVPlan, facts: EngineFacts) -> None:
         "hybrid models (linear attention or Mamba beside attention) are served on GPUs only": facts.hybrid
         and facts.device == "cpu",
         "chunked local attention is not supported": facts.chunked_local_attention,
+        "reference sliding window attention (R-SWA) is not supported": facts.reference_window,
         "context parallelism is not supported: leave it out": facts.context_parallel,
         "dual batch overlap is not supported: leave it out": facts.dual_batch,
+        "adaptive verification of drafts is not supported: leave it out": facts.adaptive_verification,
+        "--kv-sharing-fast-prefill is not supported: leave it out": facts.fast_prefill,
         f"the KV connector {facts.kv_connector} is not supported on {facts.device}: leave it out": (
             facts.kv_connector is not None and facts.kv_connector not in KV_CONNECTORS.get(facts.device, ())
         ),
@@ -127,10 +151,11 @@ def check_servable(plan: KVPlan, facts: EngineFacts) -> None:
     for reason, applies in unsupported.items():
         if applies:
             raise RefusedConfiguration(f"{plan_name(plan)}: {reason}, {_UNCOMPRESSED}")
-    if facts.bidirectional_images:
+    if modalities := facts.bidirectional_modalities:
+        limits = ", ".join(f'"{name}": 0' for name in modalities)
         raise RefusedConfiguration(
-            f"{plan_name(plan)}: bidirectional attention over image tokens is not supported: add "
-            f"""--limit-mm-per-prompt '{{"image": 0}}' for text only, {_UNCOMPRESSED}"""
+            f"{plan_name(plan)}: bidirectional attention over tokens of {' and '.join(modalities)} is not "
+            f"supported: add --limit-mm-per-prompt '{{{limits}}}', {_UNCOMPRESSED}"
         )
     if facts.block_size % PAGE_TOKENS:
         raise RefusedConfiguration(

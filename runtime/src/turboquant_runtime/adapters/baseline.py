@@ -1,16 +1,26 @@
-"""What an engine's memory would hold without a format of ours, laid out by vLLM 0.25's own functions."""
+"""What an engine's memory would hold without a format of ours, laid out by vLLM's own functions."""
 
 import copy
 from dataclasses import replace
 from typing import Any
 
-import torch
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionBackend, MultipleOf
+from vllm.v1.kv_cache_interface import AttentionSpec, MambaSpec
 
-from turboquant_kernels.formats import HEAD_DIMS
-from turboquant_runtime.adapters.engine_config import layer_format
 from turboquant_runtime.capacity import CacheCapacity
+
+_BLOCK_SIZES = {"cuda": 16, "cpu": 128}
+"""Tokens of a block where nobody names a number: what vLLM's own backends of each device prefer."""
+
+
+class _PlainBackend(AttentionBackend):
+    """What sizes a hybrid's blocks in the model's own dtype, with FlashAttention's block sizes."""
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        return [MultipleOf(16)]
 
 
 def measure_capacity(
@@ -27,10 +37,7 @@ def measure_capacity(
     baseline_config = uncompressed_config(vllm_config)
     tokens = []
     for worker_specs, worker_memory in zip(specs, memory, strict=True):
-        plain = {
-            name: _uncompressed(spec, name, vllm_config, baseline_config)
-            for name, spec in worker_specs.items()
-        }
+        plain = uncompressed_specs(worker_specs, baseline_config)
         groups = kv_cache_utils.get_kv_cache_groups(baseline_config, plain)
         layout = kv_cache_utils.get_kv_cache_config_from_groups(baseline_config, groups, worker_memory)
         tokens.append(kv_cache_utils.get_kv_cache_capacity(baseline_config, layout)[0])
@@ -46,43 +53,38 @@ def uncompressed_config(vllm_config: VllmConfig) -> VllmConfig:
     config.additional_config = {}
     config.cache_config = cache_config = copy.copy(vllm_config.cache_config)
     cache_config.cache_dtype = "auto"
+    cache_config.kv_cache_dtype_skip_layers = []
     # A fixed number of blocks would be a fixed number of tokens, whatever a token takes.
     cache_config.num_gpu_blocks_override = None
+    if not cache_config.user_specified_block_size:
+        cache_config.block_size = _BLOCK_SIZES[current_platform.device_type]
     if vllm_config.model_config.is_hybrid:
-        if not cache_config.user_specified_block_size:
-            cache_config.block_size = cache_config.DEFAULT_BLOCK_SIZE
         cache_config.mamba_page_size_padded = None
-        from turboquant_runtime.backends.base import CompressedBackend
-
-        # FlashAttention takes blocks of the same sizes.
-        type(current_platform)._align_hybrid_block_size(config, CompressedBackend)
+        current_platform._align_hybrid_block_size(config, _PlainBackend)
     return config
 
 
-def _uncompressed(spec: Any, layer_name: str, vllm_config: VllmConfig, baseline_config: VllmConfig) -> Any:
-    """The spec that a layer would have in the model's own dtype.
+def uncompressed_specs(specs: dict[str, Any], baseline_config: VllmConfig) -> dict[str, Any]:
+    """The specs that a worker's layers would have in the model's own dtype, by layer.
 
-    In a hybrid that has other blocks, which are as large as a state, and a state is padded to those.
+    In a hybrid these have other blocks, which are as large as a state, and a state is padded to those.
     """
-    from vllm.v1.kv_cache_interface import MambaSpec
-
-    cache_config, hybrid = baseline_config.cache_config, vllm_config.model_config.is_hybrid
-    if isinstance(spec, MambaSpec):
-        own_blocks = spec.block_size != vllm_config.cache_config.block_size
-        return replace(
-            spec,
-            block_size=spec.block_size if own_blocks else cache_config.block_size,
-            page_size_padded=cache_config.mamba_page_size_padded,
-        )
-    block_size = cache_config.block_size if hybrid else spec.block_size
-    if spec.dtype != torch.uint8:
-        return replace(spec, block_size=block_size)
-    fmt = layer_format(vllm_config, layer_name)
-    head_dim = next(dim for dim in HEAD_DIMS if fmt.slot_bytes(dim) == 2 * spec.head_size)
-    return replace(
-        spec,
-        block_size=block_size,
-        head_size=head_dim,
-        head_size_v=head_dim,
-        dtype=vllm_config.model_config.dtype,
-    )
+    cache_config = baseline_config.cache_config
+    blocks = {spec.block_size for spec in specs.values() if isinstance(spec, AttentionSpec)}
+    plain = dict(specs)
+    for name, spec in specs.items():
+        if isinstance(spec, MambaSpec):
+            plain[name] = replace(
+                spec,
+                block_size=cache_config.block_size if spec.block_size in blocks else spec.block_size,
+                page_size_padded=cache_config.mamba_page_size_padded,
+            )
+        elif isinstance(spec, AttentionSpec):
+            plain[name] = replace(
+                spec,
+                block_size=cache_config.block_size,
+                state_content_bytes=None,
+                page_size_padded=None,
+                dtype=baseline_config.model_config.dtype,
+            )
+    return plain

@@ -1,12 +1,14 @@
 """What vLLM's configuration says of an engine, in this project's terms. Nothing here changes vLLM."""
 
+from typing import Any
+
 import vllm.envs
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
 from turboquant_kernels.formats import KVFormat
 from turboquant_kernels.plans import KVPlan
-from turboquant_runtime.configuration import EngineFacts, requested_plan
+from turboquant_runtime.configuration import EngineFacts, attention_layers, requested_plan
 
 
 def plan_of(vllm_config: VllmConfig) -> KVPlan | None:
@@ -15,41 +17,49 @@ def plan_of(vllm_config: VllmConfig) -> KVPlan | None:
     It describes the target model, also where the configuration is that of its draft model.
     """
     additional = vllm_config.additional_config
-    speculative = vllm_config.speculative_config
-    target = speculative.target_model_config if speculative else None
     return requested_plan(
         vllm_config.cache_config.cache_dtype,
         additional if isinstance(additional, dict) else {},
-        (target or vllm_config.model_config).get_total_num_hidden_layers(),
+        len(_attention_layers(vllm_config)),
     )
 
 
 def layer_format(vllm_config: VllmConfig, layer_name: str) -> KVFormat:
     """The format of one attention layer of an engine that has a KV plan.
 
-    The number in the layer's name (`model.layers.3.self_attn.attn`) is its place in the plan. The layers of a
-    draft model, which come after the target's or have a name of their own, take the format of
-    `--kv-cache-dtype`.
+    The number in the layer's name (`model.layers.3.self_attn.attn`) is its place in the model; the plan has an
+    entry for each layer with attention. The layers of a draft model take the format of `--kv-cache-dtype`.
     """
-    from vllm.model_executor.models.utils import extract_layer_index
-
-    plan, index = plan_of(vllm_config), extract_layer_index(layer_name)
+    plan = plan_of(vllm_config)
     assert plan is not None, "only layers with a compressed format are asked for"
-    if index >= len(plan.layers) or layer_name.startswith("draft_model."):
+    by_index = dict(zip(_attention_layers(vllm_config), plan.layers, strict=True))
+    if is_draft_layer(vllm_config, layer_name) or (index := _layer_index(layer_name)) not in by_index:
         return KVFormat.parse(vllm_config.cache_config.cache_dtype)
-    return plan.layers[index]
+    return by_index[index]
+
+
+def is_draft_layer(vllm_config: VllmConfig, layer_name: str) -> bool:
+    """Whether a layer is of a draft model: these come after the target's or have a name of their own."""
+    target_layers = _target_model(vllm_config).get_total_num_hidden_layers()
+    return layer_name.startswith("draft_model.") or _layer_index(layer_name) >= target_layers
+
+
+def plain_layer_indices(vllm_config: VllmConfig, plan: KVPlan) -> list[int]:
+    """Layers of the model that the plan keeps in the model's own dtype."""
+    layers = _attention_layers(vllm_config)
+    return [layer for layer, fmt in zip(layers, plan.layers, strict=True) if not fmt.compressed]
 
 
 def facts_of(vllm_config: VllmConfig) -> EngineFacts:
     """What decides whether the engine can be served from compressed pages."""
-    model, multimodal = vllm_config.model_config, vllm_config.model_config.multimodal_config
-    parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    speculative = vllm_config.speculative_config
     draft = speculative.draft_model_config if speculative else None
     return EngineFacts(
         device="rocm" if current_platform.is_rocm() else current_platform.device_type,
         compute_capability=_compute_capability(),
         dtype=str(model.dtype).removeprefix("torch."),
-        num_layers=model.get_total_num_hidden_layers(),
+        num_layers=len(_attention_layers(vllm_config)),
         head_dim=model.get_head_size(),
         draft_head_dim=draft.get_head_size() if draft else None,
         block_size=vllm_config.cache_config.block_size,
@@ -57,13 +67,46 @@ def facts_of(vllm_config: VllmConfig) -> EngineFacts:
         encoder_decoder=model.is_encoder_decoder,
         hybrid=model.is_hybrid,
         chunked_local_attention=getattr(model.hf_text_config, "attention_chunk_size", None) is not None,
-        bidirectional_images=model.is_mm_prefix_lm
-        and multimodal is not None
-        and multimodal.get_limit_per_prompt("image") > 0,
+        reference_window=model.rswa_window is not None,
+        bidirectional_modalities=_bidirectional_modalities(model),
         context_parallel=parallel.decode_context_parallel_size * parallel.prefill_context_parallel_size > 1,
         dual_batch=parallel.use_ubatching,
+        adaptive_verification=bool(speculative and speculative.enable_adaptive_verification),
+        fast_prefill=vllm_config.cache_config.kv_sharing_fast_prefill,
         kv_connector=_kv_connector(vllm_config),
     )
+
+
+def _target_model(vllm_config: VllmConfig) -> Any:
+    speculative = vllm_config.speculative_config
+    return (speculative.target_model_config if speculative else None) or vllm_config.model_config
+
+
+def _attention_layers(vllm_config: VllmConfig) -> tuple[int, ...]:
+    """Indices of the target model's layers that have attention."""
+    model = _target_model(vllm_config)
+    layer_types = None
+    if model.is_hybrid:
+        text = model.hf_text_config
+        # The names that `ModelConfig.get_num_layers_by_block_type` reads.
+        layer_types = getattr(text, "layers_block_type", None) or getattr(text, "layer_types", None)
+    return attention_layers(model.get_total_num_hidden_layers(), layer_types)
+
+
+def _layer_index(layer_name: str) -> int:
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    return extract_layer_index(layer_name)
+
+
+def _bidirectional_modalities(model: Any) -> tuple[str, ...]:
+    """Modalities that are served and whose tokens see each other in both directions, as vLLM's runners have it:
+    all but audio, in a model of that kind. It is none of that kind where all its modalities are limited to 0."""
+    multimodal = model.multimodal_config
+    if not model.is_mm_prefix_lm or multimodal is None:
+        return ()
+    modalities = ("image", "video", "vision_chunk")
+    return tuple(name for name in modalities if multimodal.get_limit_per_prompt(name) > 0)
 
 
 def _kv_connector(vllm_config: VllmConfig) -> str | None:

@@ -1,13 +1,14 @@
 """What our attention backends have in common, whatever device reads the pages.
 
-vLLM asks the backend class for sizes and shapes before any layer exists, then makes one `CompressedImpl` a
-layer, which knows the layer's format and refuses attention that compressed pages do not serve. `cpu` and
-`cuda` add how pages are written and read.
+vLLM asks a backend class for sizes before it makes a cache; each layer has a class of its own format
+(`adapters.specs`). It makes one `CompressedImpl` a layer, which knows the layer's format and refuses attention
+that compressed pages do not serve. `cpu` and `cuda` add how pages are written and read.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from vllm.config import get_current_vllm_config
@@ -18,6 +19,8 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     MultipleOf,
 )
+from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from turboquant_kernels.codec import Codec
 from turboquant_kernels.formats import HEAD_DIMS, PAGE_TOKENS, KVFormat
@@ -26,18 +29,48 @@ from turboquant_runtime.configuration import CACHE_DTYPES, RefusedConfiguration
 
 
 class CompressedBackend(AttentionBackend):
-    """Sizes and shapes of compressed pages."""
+    """Sizes and layout of compressed pages."""
 
     forward_includes_kv_cache_update: bool = False
     supported_kv_cache_dtypes: ClassVar[list[str]] = sorted(CACHE_DTYPES)
+    fmt: ClassVar[KVFormat | None] = None
+    """The format of the layers that have this class; None in the class that vLLM makes layers with."""
+
+    @classmethod
+    def of_format(cls, fmt: KVFormat) -> type[Self]:
+        """The class of a format's layers."""
+        return _of_format(cls, fmt)
 
     @staticmethod
     def get_name() -> str:
         """A member of vLLM's closed enum of backends; `CUSTOM` is the one kept free for others."""
         return "CUSTOM"
 
+    @classmethod
+    def refuse_derived(cls) -> None:
+        """Raises RefusedConfiguration for a backend that another kind of attention made from this one.
+
+        Layers with prefix-LM attention, static sinks or chunks do so before they ask for their implementation,
+        which is where this is called: no weights yet.
+        """
+        if not cls.__module__.startswith("turboquant_runtime."):
+            raise RefusedConfiguration(
+                f"{cls.__name__}: attention of this kind has no compressed form: start with --kv-cache-dtype auto"
+            )
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """The spec of a layer with this class's format: the bytes of a token and KV head."""
+        assert cls.fmt is not None, "specs are asked for once layers have their formats"
+        return replace(spec, state_content_bytes=cls.fmt.slot_bytes(spec.head_size))
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """A block's bytes are one piece, in an order of their own; other backends want tokens or heads first."""
+        return KVCacheLayout.LBNHC, KVCacheLayout.LBHNC
+
     @staticmethod
-    def get_supported_kernel_block_sizes() -> list[int | MultipleOf]:
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
         return [MultipleOf(PAGE_TOKENS)]
 
     @classmethod
@@ -49,25 +82,37 @@ class CompressedBackend(AttentionBackend):
         return True
 
     @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
     def supports_mm_prefix(cls) -> bool:
         """Of models whose image tokens see each other in both directions, text: images are refused early."""
         return True
 
-    @staticmethod
-    def get_kv_cache_shape(
-        num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, cache_dtype_str: str = "auto"
-    ) -> tuple[int, ...]:
-        """[num_blocks, block_size, num_kv_heads, slot_bytes]: the spec's head_size is half a slot's bytes."""
-        return num_blocks, block_size, num_kv_heads, 2 * head_size
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        """A step is split by the query lengths that the host knows."""
+        return False
 
-    @staticmethod
-    def get_kv_cache_stride_order(include_num_layers_dimension: bool = False) -> tuple[int, ...]:
-        """Blocks outermost: the store and the attention read a block's stride from the tensor.
 
-        So vLLM may pad the pages of layers with fewer bits up to the largest page where layers share a block
-        pool (sliding-window models with a KV plan of mixed sizes).
-        """
-        return (1, 0, 2, 3, 4) if include_num_layers_dimension else (0, 1, 2, 3)
+@cache
+def _of_format(backend: type[CompressedBackend], fmt: KVFormat) -> type[Any]:
+    return type(backend.__name__, (backend,), {"fmt": fmt, "__module__": backend.__module__})
+
+
+def blocks_of(kv_cache: torch.Tensor) -> torch.Tensor:
+    """A layer's cache as the kernels take it: uint8 [num_blocks, block_size, kv_heads, slot_bytes].
+
+    kv_cache: as vLLM hands it over, uint8 [num_blocks, kv_heads, block_size, slot_bytes] in whatever order in
+    memory; a block's bytes are contiguous. Pages of layers with fewer bits may be padded to those of others. While
+    vLLM measures memory there is no cache, and a tensor without elements in its place.
+    """
+    if not kv_cache.numel():
+        return kv_cache
+    num_blocks, kv_heads, block_size, slot_bytes = kv_cache.shape
+    shape = (num_blocks, block_size, kv_heads, slot_bytes)
+    return kv_cache.as_strided(shape, (kv_cache.stride(0), kv_heads * slot_bytes, slot_bytes, 1))
 
 
 @cache
@@ -96,7 +141,13 @@ class CompressedImpl(AttentionImpl):
         kv_sharing_target_layer_name: str | None = None,
         sinks: torch.Tensor | None = None,
     ) -> None:
-        """Raises RefusedConfiguration for attention that compressed pages do not serve; no weights yet."""
+        """Raises RefusedConfiguration for attention that compressed pages do not serve; no weights yet.
+
+        A window that no sequence is longer than is none.
+        """
+        config = get_current_vllm_config()
+        if sliding_window is not None and sliding_window >= config.model_config.max_model_len:
+            sliding_window = None
         if attn_type != AttentionType.DECODER:
             raise RefusedConfiguration(
                 f"{kv_cache_dtype}: {attn_type} attention has no compressed form: "
@@ -115,7 +166,7 @@ class CompressedImpl(AttentionImpl):
         self.logits_soft_cap = logits_soft_cap
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.sinks = sinks
-        self._config = get_current_vllm_config()
+        self._config = config
         self._codecs: dict[str, Codec] = {}
 
     def do_kv_cache_update(
@@ -128,10 +179,10 @@ class CompressedImpl(AttentionImpl):
     ) -> None:
         """Encodes new tokens into their pages.
 
-        key, value [num_tokens, kv_heads, head_dim]; kv_cache uint8 [num_blocks, block_size, kv_heads,
+        key, value [num_tokens, kv_heads, head_dim]; kv_cache uint8 [num_blocks, kv_heads, block_size,
         slot_bytes]; slot_mapping int64 [num_tokens], -1 for padding.
         """
-        self._store(self.layer_codec(layer), key, value, kv_cache, slot_mapping)
+        self._store(self.layer_codec(layer), key, value, blocks_of(kv_cache), slot_mapping)
 
     def layer_codec(self, layer: Any) -> Codec:
         """The codec of the layer that writes these pages: with cross-layer sharing not this one."""

