@@ -1,1 +1,1 @@
-"""Attention of chunks of new tokens to a compressed context, through decompressed tiles of it."""
+"""Attention of chunks of new tokens to a compressed context, through expanded tiles of it."""

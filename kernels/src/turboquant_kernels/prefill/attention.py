@@ -45,10 +45,10 @@ class Attend(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """query [n, q_heads, D], key and value [m, kv_heads, D]; starts int32 [segments + 1].
 
-        The last of a segment's queries stands at its last key, the one before it at the key before, and so
-        on. A query sees all keys; with `causal` none after the one where it stands; with `left` none that
-        lies more than `left` before that. A query that stands before the first key does so by its distance
-        to it. Each query sees a key.
+        Queries and keys of a segment are aligned at their ends: of n queries and m keys query i stands at
+        key i + m - n, which is negative for the first queries where n > m. It sees all keys of the segment;
+        with `causal` none after the key where it stands, with `left` none more than `left` keys before
+        that. Each query sees at least one key.
 
         Returns the output [n, q_heads, D] and the natural log-sum-exp of the scores, float32 [q_heads, n].
         """
@@ -73,8 +73,8 @@ def flash_attend(varlen: Callable[..., Any], version: int | None) -> Attend:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         window_size = [-1, -1]
         if left is not None:
-            # Keys may follow a query by less than there are queries. FlashAttention-2 cuts the bound, and an
-            # open one, to the most keys that it is told of (csrc/flash_attn/flash_api.cpp).
+            # The last key lies fewer keys after a query than there are queries. FlashAttention-2 lowers a
+            # bound on the right, and sets an open one, to max_seqlen_k (csrc/flash_attn/flash_api.cpp).
             window_size = [left, 0 if causal else max_queries]
             max_keys = max(max_keys, max_queries)
         return varlen(

@@ -11,9 +11,9 @@ context without a window:
     keys      |-- first ------|-- in between --|-- last, causal --|
     queries                                         |-------------|
 
-The first segment holds all keys that fall out of the window between the first query and the last one. The
-segments in between are seen by all queries. Every query sees a key of each of its segments: FlashAttention-2
-returns a log-sum-exp of +inf for one that sees none.
+The first segment holds all keys that the first query sees and the last one does not, and one more at least.
+So every query sees a key of each of its segments: FlashAttention-2 returns a log-sum-exp of +inf for one that
+sees none. All queries see all keys of the segments in between.
 
 Segments begin with the page that holds the first key they need. The engine frees the blocks before it, and
 their entries in the block table then name a block that may hold anything.
@@ -55,7 +55,7 @@ class Segment:
     """Whether the last key is the last query's own: each query then sees the keys up to its own. Else all
     keys precede all queries."""
     left: int | None
-    """`Attend`'s: a bound on the keys that a query sees. None: none."""
+    """`attention.Attend`'s, of the window. None: there is none, or all queries see all keys."""
 
     @property
     def keys(self) -> int:
@@ -83,7 +83,7 @@ class Tile:
     num_segments: int
     indices: torch.Tensor
     """int32: items, query starts and key starts one after the other, so that one copy moves them. Each begins
-    at a multiple of 16 bytes, as Triton likes its pointers."""
+    at a multiple of 16 bytes: Triton compiles a kernel anew for a pointer that does not."""
 
     @cached_property
     def items(self) -> torch.Tensor:
