@@ -8,12 +8,14 @@ from hypothesis import strategies as st
 from turboquant_kernels.codec import Codec
 from turboquant_kernels.formats import HEAD_DIMS, KVFormat
 from turboquant_kernels.rotation import (
+    device_projection,
     hadamard,
     hadamard_factors,
     projection_matrix,
     rotate,
     rotation_matrix,
     rotation_signs,
+    signed_hadamard,
 )
 
 
@@ -38,6 +40,20 @@ def test_the_transposed_rotation_is_its_inverse(head_dim):
     codec = Codec(KVFormat(4, 4), head_dim, seed=3)
     assert torch.allclose(codec.unrotate(codec.rotate(x)), x, atol=1e-5)
     assert torch.allclose(codec.rotate(x), x @ matrix.T, atol=1e-5)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_a_signed_hadamard_matrix_is_the_rotation_but_for_its_factor(head_dim):
+    matrix = signed_hadamard(head_dim, 3, torch.bfloat16, torch.device("cpu"))
+    assert torch.equal(matrix.abs(), torch.ones(head_dim, head_dim, dtype=torch.bfloat16))
+    expected = rotation_matrix(head_dim, seed=3)
+    assert torch.allclose(matrix.float() / head_dim**0.5, expected, atol=1e-7)
+
+
+def test_the_projection_is_rounded_to_a_dtype_and_copied_once():
+    arguments = 64, 3, torch.float16, torch.device("cpu")
+    assert torch.equal(device_projection(*arguments), projection_matrix(64, seed=3).half())
+    assert device_projection(*arguments) is device_projection(*arguments)
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
