@@ -45,7 +45,7 @@ async def scrape_capacity(address: str) -> int:
 def capacity_in(text: str) -> int:
     """The capacity that a metrics page shows: vLLM's own number, which knows sliding windows and padding.
 
-    Source: `vllm:cache_config_info`, label `kv_cache_size_tokens` (vLLM 0.25.1). Engine processes of one pod
+    Source: `vllm:cache_config_info`, label `kv_cache_size_tokens` (vLLM 0.32.0). Engine processes of one pod
     (data parallelism) add up. Raises ScrapeError where the page has no such number.
     """
     try:
