@@ -3,6 +3,7 @@
 import ctypes
 import importlib.util
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -48,3 +49,26 @@ def test_the_libraries_and_functions_of_a_library_are_read(stand_ins, tmp_path: 
     assert "libc.so.6" in strings
     _, undefined = stand_ins.needed_and_undefined(library.with_name("libtorch_python.so"))
     assert "PyObject_Call" in undefined
+
+
+SYSTEM = {"c", "dl", "gcc_s", "m", "pthread", "rt", "stdc++", "util"}
+"""Libraries that every base image has, without `lib` and `.so`."""
+
+
+def test_every_library_that_pytorch_needs_is_its_own_or_stood_in_for(stand_ins) -> None:
+    import torch
+
+    folder = Path(torch.__file__).parent / "lib"
+    own = {path.name for path in folder.iterdir()}
+    needed = {
+        text
+        for library in folder.glob("*.so")
+        for text in stand_ins.needed_and_undefined(library)[0]
+        if re.fullmatch(r"lib[\w+]+\.so\.\d+", text)
+    }
+    others = {name for name in needed - own if name[3:].partition(".")[0] not in SYSTEM}
+    # The CUDA runtime is installed, and the driver's library is opened only where there is a GPU.
+    assert {name for name in others if not stand_ins.LIBRARY.fullmatch(name)} <= {
+        "libcudart.so.13",
+        "libcuda.so.1",
+    }
