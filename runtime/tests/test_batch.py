@@ -38,7 +38,8 @@ def test_decodes_of_different_lengths_end_where_their_rows_end() -> None:
 
 
 @pytest.mark.parametrize(
-    ("limit", "lens"), [(1, [1]), (2, [1, 2]), (5, [1, 2, 4, 5]), (7, [1, 2, 4, 6, 7]), (12, [1, 2, 4, 8, 11, 12])]
+    ("limit", "lens"),
+    [(1, [1]), (2, [1, 2]), (5, [1, 2, 4, 5]), (7, [1, 2, 4, 6, 7]), (12, [1, 2, 4, 8, 11, 12])],
 )
 def test_decodes_have_few_lengths_and_those_of_graphs_among_them(limit: int, lens: list[int]) -> None:
     """A graph is captured for all drafts of a verification, limit - 1 tokens, and for one."""

@@ -3,12 +3,10 @@
 FlashAttention, which it needs of vLLM, is PyTorch's own attention here. On a GPU the same tests run compiled.
 """
 
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from triton import cdiv, next_power_of_2
 
 from turboquant_kernels.codec import Codec
 from turboquant_kernels.decode.reference import paged_attention
@@ -21,7 +19,7 @@ MAX_SEQS, MAX_LEN = 4, 256
 
 
 def torch_attention(
-    query, key, value, *, query_starts, key_starts, max_queries, max_keys, scale, causal, window, soft_cap
+    query, key, value, *, query_starts, key_starts, max_queries, max_keys, scale, causal, left, soft_cap
 ):
     """`prefill.attention.Attend` in PyTorch."""
     outs, logs = [], []
@@ -32,13 +30,14 @@ def torch_attention(
         score = torch.einsum("qhd,khd->hqk", query[q0:q1], k).float() * scale
         if soft_cap:
             score = soft_cap * torch.tanh(score / soft_cap)
+        position = (k1 - k0) - (q1 - q0) + torch.arange(q1 - q0, device=query.device)[:, None]
+        keys = torch.arange(k1 - k0, device=query.device)
+        seen = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool, device=query.device)
         if causal:
-            position = (k1 - k0) - (q1 - q0) + torch.arange(q1 - q0, device=query.device)[:, None]
-            keys = torch.arange(k1 - k0, device=query.device)
-            seen = keys <= position
-            if window is not None:
-                seen &= keys > position - window
-            score = score.masked_fill(~seen, float("-inf"))
+            seen &= keys <= position
+        if left is not None:
+            seen &= keys >= position - left
+        score = score.masked_fill(~seen, float("-inf"))
         outs.append(torch.einsum("hqk,khd->qhd", score.softmax(-1).to(value.dtype), v))
         logs.append(score.logsumexp(-1))
     return torch.cat(outs), torch.cat(logs, dim=1)
@@ -52,7 +51,9 @@ def make_impl(monkeypatch: pytest.MonkeyPatch):
         speculative_config=None,
         additional_config={"turboquant": PLAN.to_dict()},
         cache_config=SimpleNamespace(cache_dtype="tq-k4v4"),
-        model_config=SimpleNamespace(get_total_num_hidden_layers=lambda: 2, max_model_len=MAX_LEN),
+        model_config=SimpleNamespace(
+            get_total_num_hidden_layers=lambda: 2, is_hybrid=False, max_model_len=MAX_LEN
+        ),
         scheduler_config=SimpleNamespace(max_num_seqs=MAX_SEQS),
         compilation_config=SimpleNamespace(static_forward_context={}),
     )
@@ -113,10 +114,11 @@ class Batch:
 
     def run(self, impl, index: int, limit: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Output of a step with three rows of padding, and what the reference makes of the same pages."""
+        from turboquant_runtime.backends.base import blocks_of
         from turboquant_runtime.backends.step import step_of
 
         fmt = PLAN.layers[index]
-        shape = (self.block_table.numel(), BLOCK, KV_HEADS, fmt.slot_bytes(HEAD_DIM))
+        shape = (self.block_table.numel(), KV_HEADS, BLOCK, fmt.slot_bytes(HEAD_DIM))
         cache = torch.randint(255, shape, dtype=torch.uint8).to(self.device)
         slots = torch.cat([self.slots(i) for i in range(len(self.new))])
         pad = torch.full((3,), -1, device=self.device)
@@ -132,7 +134,7 @@ class Batch:
         expected = paged_attention(
             Codec(fmt, HEAD_DIM, PLAN.seed),
             self.query.cpu().float(),
-            cache.cpu(),
+            blocks_of(cache).cpu(),
             self.block_table.cpu(),
             torch.tensor([0, *self.new]).cumsum(0).int(),
             torch.tensor(self.lens).int(),
@@ -162,7 +164,7 @@ def test_a_step_attends_to_its_pages(make_impl, device, batch: str, index: int) 
 
 
 @pytest.mark.parametrize("option", ["sliding_window", "logits_soft_cap", "sinks"])
-def test_options_of_a_layer_reach_both_roads(make_impl, device, option: str) -> None:
+def test_options_of_a_layer_reach_decode_and_prefill(make_impl, device, option: str) -> None:
     value = {
         "sliding_window": 6,
         "logits_soft_cap": 0.5,
@@ -176,26 +178,58 @@ def test_options_of_a_layer_reach_both_roads(make_impl, device, option: str) -> 
         assert not torch.allclose(plain[rows], expected[rows], atol=0.02, rtol=0.02)
 
 
-def test_layers_share_a_schedule_within_one_pass_through_a_model(device, monkeypatch) -> None:
-    """A draft model that is handed the target's batch makes its own: its graph is replayed alone."""
-    from turboquant_kernels.decode.launch import Workspace
-    from turboquant_runtime.backends import step
+@pytest.fixture
+def schedules(monkeypatch) -> list:
+    """The lengths that schedules are made of."""
+    from turboquant_kernels.decode.plan import DecodePlan
 
-    class Pass:
-        """Stands for vLLM's forward context."""
+    made = []
+    schedule = DecodePlan.schedule
+    monkeypatch.setattr(
+        DecodePlan, "schedule", lambda plan, lens: (made.append(lens.tolist()), schedule(plan, lens))
+    )
+    return made
 
-    made, current = [], Pass()
-    monkeypatch.setattr(Workspace, "deal_out", lambda workspace, *lengths: made.append(lengths))
-    monkeypatch.setattr(step, "is_forward_context_available", lambda: True)
-    monkeypatch.setattr(step, "get_forward_context", lambda: current)
-    codec = Codec(KVFormat(4, 4), HEAD_DIM)
-    cache = torch.zeros(1, BLOCK, KV_HEADS, codec.fmt.slot_bytes(HEAD_DIM), dtype=torch.uint8, device=device)
-    decodes = step_of_lengths([7, 9], device).decodes
-    for passes in (1, 2):
-        for _ in range(3):
-            decodes.workspace(codec, cache, HEADS, None)
-        assert len(made) == passes
-        current = Pass()
+
+def join(impls: list, names: list[str]) -> list:
+    """Layers of one engine, in the order in which vLLM makes them."""
+    layers = [SimpleNamespace(layer_name=name, impl=impl) for impl, name in zip(impls, names, strict=True)]
+    impls[0]._config.compilation_config.static_forward_context.update(zip(names, layers, strict=True))
+    return layers
+
+
+def test_the_first_layer_of_a_shape_fills_the_schedule_in_each_pass(make_impl, device, schedules) -> None:
+    """A draft model that is handed the target's batch fills it too: its graph is replayed alone."""
+    names = [
+        "model.layers.0.attn",
+        "model.layers.1.attn",
+        "draft_model.layers.0.attn",
+        "draft_model.layers.1.attn",
+    ]
+    layers = []
+    for name in names:
+        # Of one format: the plan's second layer has another.
+        impl = make_impl(kv_sharing_target_layer_name=names[0])
+        layers += join([impl], [name])
+    cache = torch.zeros(
+        4, KV_HEADS, BLOCK, PLAN.layers[0].slot_bytes(HEAD_DIM), dtype=torch.uint8, device=device
+    )
+    query = torch.randn(2, HEADS, HEAD_DIM, device=device).bfloat16()
+    for lengths in ([7, 9], [8, 10]):
+        step = step_of_lengths(lengths, device)
+        for part in (layers[:2], layers[2:], layers[2:]):  # the target, then two steps of the draft model
+            for one in part:
+                one.impl.forward(one, query, query, query, cache, step, torch.empty_like(query))
+    assert schedules == [[7, 9]] * 3 + [[8, 10]] * 3
+
+
+def test_layers_of_an_engine_share_buffers_and_engines_do_not(make_impl, device) -> None:
+    first = make_impl()
+    join([first], ["model.layers.0.attn"])
+    second = make_impl()
+    assert second.decode_plans is first.decode_plans
+    first._config.compilation_config.static_forward_context.clear()  # as in another engine's configuration
+    assert make_impl().decode_plans is not first.decode_plans
 
 
 def step_of_lengths(lengths: list[int], device: torch.device):
@@ -205,13 +239,18 @@ def step_of_lengths(lengths: list[int], device: torch.device):
     return step_of(Batch([n - 1 for n in lengths], [1] * len(lengths), device).description(), 1, device)
 
 
-def test_memory_is_measured_with_both_roads_in_it(make_impl, device, monkeypatch) -> None:
-    """Without cache and metadata a layer plays a step of the largest batch; one of each shape does."""
-    from turboquant_runtime.backends import rehearsal
+def test_memory_is_measured_with_prefill_and_decode_in_it(make_impl, device, monkeypatch) -> None:
+    """Without cache and metadata a layer runs a step of the largest batch; one of each shape does."""
+    from turboquant_kernels.decode.plan import DecodePlan
+    from turboquant_runtime.backends import warm_up
 
-    stores = []
-    monkeypatch.setattr(rehearsal, "store", lambda *arguments: stores.append(arguments))
-    roads = []
+    stores, runs = [], []
+    monkeypatch.setattr(warm_up, "store", lambda *arguments: stores.append(arguments))
+    monkeypatch.setattr(
+        DecodePlan,
+        "run",
+        lambda plan, query, *_, **__: runs.append(("decode", plan.shape.window, len(query))),
+    )
     impls = [make_impl(), make_impl(), make_impl(sliding_window=20)]
     layers = []
     for index, impl in enumerate(impls):
@@ -219,8 +258,8 @@ def test_memory_is_measured_with_both_roads_in_it(make_impl, device, monkeypatch
         layers[-1].impl = impl
         layers[-1].get_kv_cache_spec = lambda config: SimpleNamespace(block_size=BLOCK)
         impl._config.compilation_config.static_forward_context[str(index)] = layers[-1]
-        monkeypatch.setattr(impl, "prefill", lambda *a, i=index: roads.append(("prefill", i, len(a[1]))))
-        monkeypatch.setattr(impl, "decode", lambda *a, i=index: roads.append(("decode", i, len(a[1]))))
+        window = impl.sliding_window
+        monkeypatch.setattr(impl, "prefill", lambda *a, w=window: runs.append(("prefill", w, len(a[1]))))
     query = torch.randn(40, HEADS, HEAD_DIM, device=device)
     key = torch.randn(40, KV_HEADS, HEAD_DIM, device=device)
     for impl, one in zip(impls, layers, strict=True):
@@ -228,28 +267,28 @@ def test_memory_is_measured_with_both_roads_in_it(make_impl, device, monkeypatch
         impl.forward(one, query, key, key, torch.tensor([]), None, output)
         assert not output.any()
     assert len(stores) == 2
-    assert roads[:2] == [("prefill", 0, 40), ("decode", 0, MAX_SEQS)]
-    assert {index for _, index, _ in roads} == {0, 2}
+    assert runs[:2] == [("prefill", None, 40), ("decode", None, MAX_SEQS)]
+    assert {window for _, window, _ in runs} == {None, 20}
+    assert [run[0] for run in runs].count("prefill") == 2
 
 
 def test_batches_of_all_sizes_share_memory_and_keep_their_schedules(device) -> None:
-    from turboquant_runtime.backends.workspaces import workspace_of
+    from turboquant_kernels.decode.plan import DecodeShape
+    from turboquant_runtime.backends.decode_plans import DecodePlans
 
-    codec = Codec(KVFormat(4, 4), HEAD_DIM)
+    codec, plans = Codec(KVFormat(4, 4), HEAD_DIM), DecodePlans()
     cache = torch.zeros(1, BLOCK, KV_HEADS, codec.fmt.slot_bytes(HEAD_DIM), dtype=torch.uint8, device=device)
-    tables = [torch.zeros(n, 4, dtype=torch.int32, device=device) for n in (9, 2)]
-    large, small = (workspace_of(codec, cache, table, 1, HEADS, None) for table in tables)
-    assert small.partial.data_ptr() == large.partial.data_ptr()
-    assert small.schedule.items.data_ptr() != large.schedule.items.data_ptr()
-    assert workspace_of(codec, cache, tables[1], 1, HEADS, None) is small
+
+    def plan(num_seqs: int, width: int = 4, window: int | None = None):
+        table = torch.zeros(num_seqs, width, dtype=torch.int32, device=device)
+        shape = DecodeShape.of(codec, cache, table, q_heads=HEADS, query_len=1, window=window)
+        return plans.plan(shape, device)
+
+    large, small = plan(9), plan(2)
+    assert plan(2) is small
+    assert small is not large
     # What a launch depends on besides: how long sequences may be, and the window.
-    wider = torch.zeros(2, 8, dtype=torch.int32, device=device)
-    for other in (
-        workspace_of(codec, cache, wider, 1, HEADS, None),
-        workspace_of(codec, cache, tables[1], 1, HEADS, 20),
-    ):
-        assert other is not small
-        assert other.partial.data_ptr() == small.partial.data_ptr()
+    assert len({id(one) for one in (small, plan(2, width=8), plan(2, window=20))}) == 3
 
 
 @pytest.mark.parametrize(
@@ -258,22 +297,23 @@ def test_batches_of_all_sizes_share_memory_and_keep_their_schedules(device) -> N
 )
 def test_what_any_batch_size_compiles_is_compiled_ahead(fmt, head_dim, heads, window, monkeypatch) -> None:
     """On a GPU of 132 multiprocessors, where tiles and merging change at sizes that are no powers of two."""
-    from turboquant_kernels.decode import launch
-    from turboquant_runtime.backends.rehearsal import batch_sizes_to_compile
+    from turboquant_kernels.decode import plan as decode_plan
+    from turboquant_kernels.decode.plan import DecodePlan, DecodeShape
+    from turboquant_runtime.backends.decode_plans import DecodePlans
+    from turboquant_runtime.backends.warm_up import plans_to_compile
 
-    monkeypatch.setattr(launch, "_multiprocessors", lambda _: 132)
-    monkeypatch.setattr(launch, "path_of", lambda *_: "hopper")
+    monkeypatch.setattr(decode_plan, "_multiprocessors", lambda _: 132)
+    monkeypatch.setattr(decode_plan, "path_of", lambda *_: "hopper")
     codec = Codec(KVFormat.parse(fmt), head_dim)
     cache = torch.zeros(1, 16, 8, codec.fmt.slot_bytes(head_dim), dtype=torch.uint8)
     table = torch.zeros(96, 512, dtype=torch.int32)
-    allocate = partial(launch.Workspace.allocate, codec, cache, query_len=1, q_heads=heads, window=window)
+    impl = SimpleNamespace(num_heads=heads, sliding_window=window, decode_plans=DecodePlans())
 
-    def kernels(num_seqs: int) -> tuple[object, ...]:
-        own = allocate(table[:num_seqs])
-        merged = own.counters is None and min(64, next_power_of_2(cdiv(len(own.schedule.items), num_seqs)))
-        return own.launch, merged, next_power_of_2(num_seqs)
+    def kernels(num_seqs: int) -> object:
+        shape = DecodeShape.of(codec, cache, table[:num_seqs], q_heads=heads, query_len=1, window=window)
+        return DecodePlan(shape, cache.device).kernels
 
-    sizes = batch_sizes_to_compile(table, allocate)
+    sizes = [plan.shape.num_seqs for plan in plans_to_compile(impl, codec, cache, table, 1)]
     assert sizes[0] == 96
     assert len(sizes) < 24
     assert {kernels(n) for n in sizes} == {kernels(n) for n in range(1, 97)}

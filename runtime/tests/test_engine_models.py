@@ -21,6 +21,27 @@ def test_answers_are_next_to_those_of_the_uncompressed_cache(
     assert_next_to_each_other(*engines, PROMPTS, near=near)
 
 
+@pytest.mark.parametrize("skipped", [["0", "5"], ["sliding_window"]])
+def test_layers_in_the_models_own_dtype_share_a_pool_with_compressed_ones(
+    start_engine, dummy_model, skipped: list[str]
+) -> None:
+    model = dummy_model("GEMMA3", weights=0)
+    skipping = start_engine(model, "tq-k8v8", kv_cache_dtype_skip_layers=skipped, **ARGUMENTS)
+    compressed, plain = (start_engine(model, name, **ARGUMENTS) for name in ("tq-k8v8", "auto"))
+    assert_next_to_each_other(skipping, plain, PROMPTS, near=0.1)
+    assert plain.capacity_tokens < skipping.capacity_tokens < compressed.capacity_tokens
+    groups = skipping.runner.kv_cache_config.kv_cache_groups
+    assert len({group.kv_cache_spec.page_size_bytes for group in groups}) == 1
+
+
+@pytest.mark.parametrize("window", [262144, 80])
+def test_windows_in_every_layer(start_engine, dummy_model, window: int) -> None:
+    """Longer than any sequence, as in Phi-3.5-mini, and shorter than the prompts."""
+    model = dummy_model("MISTRAL", weights=0, sliding_window=window)
+    engines = [start_engine(model, name, **ARGUMENTS) for name in ("tq-k8v8", "auto")]
+    assert_next_to_each_other(*engines, PROMPTS, near=0.4)
+
+
 def test_fewer_bits_are_further_away(start_engine, dummy_model) -> None:
     """The comparison above can fail: at two bits it does."""
     engines = [

@@ -8,11 +8,10 @@ import importlib.util
 from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from turboquant_kernels.formats import COMPRESSED_FORMATS, HEAD_DIMS, KVFormat
+from turboquant_kernels.formats import COMPRESSED_FORMATS, KVFormat
 from turboquant_kernels.plans import KVPlan
 from turboquant_runtime import plugin
 

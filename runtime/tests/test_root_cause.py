@@ -1,4 +1,4 @@
-"""What is read off a failing engine's output, in the form in which vLLM 0.25.1 prints it."""
+"""What is read off a failing engine's output, in the form in which vLLM prints it."""
 
 import pytest
 

@@ -40,7 +40,9 @@ def plain_backend(request):
     return Flash
 
 
-def layer(fmt_name: str, backend: type, head_dim: int = 128, window: int | None = None, kind: type | None = None):
+def layer(
+    fmt_name: str, backend: type, head_dim: int = 128, window: int | None = None, kind: type | None = None
+):
     """An attention layer as far as its cache spec goes; the format `auto` is the model's own dtype."""
     from vllm.model_executor.layers.attention import Attention
 

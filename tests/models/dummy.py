@@ -30,6 +30,18 @@ LLAMA = {
 }
 """Llama's shape, small: attention over all tokens in every layer, two query heads to a KV head."""
 
+MISTRAL = LLAMA | {
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "num_hidden_layers": 2,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "head_dim": 96,
+    "max_position_embeddings": 131072,
+    "sliding_window": 262144,
+}
+"""Phi-3.5-mini's attention, small: a window in every layer that is longer than any sequence, and many KV heads."""
+
 GEMMA3 = {
     "architectures": ["Gemma3ForCausalLM"],
     "model_type": "gemma3_text",

@@ -61,7 +61,8 @@ class EngineFacts:
     reference_window: bool
     """A sliding window that leaves prompts visible (R-SWA)."""
     bidirectional_modalities: tuple[str, ...]
-    """Those that are not switched off and whose tokens see each other in both directions: `image`, `video`."""
+    """Those that are not switched off and whose tokens see each other in both directions: `image`,
+    `video`."""
     context_parallel: bool
     """One sequence's cache is divided among GPUs."""
     dual_batch: bool
@@ -75,7 +76,8 @@ class EngineFacts:
 
 
 def attention_layers(num_layers: int, layer_types: Sequence[str] | None) -> tuple[int, ...]:
-    """Indices of the layers that have attention, of a model whose config.json names each layer's type, or None.
+    """Indices of the layers that have attention, of a model whose config.json names each layer's type, or
+    None.
 
     Names are those of Hugging Face: `linear_attention` and `mamba` have none; `hybrid` has both.
     """

@@ -1,8 +1,8 @@
 """What vLLM calls at load in every process: the plugins for vLLM's platform and for its general extensions.
 
-The entry point `vllm.platform_plugins` names `platform`, which vLLM asks first, and `vllm.general_plugins` names
-`register`, which it calls in the API server, the engine core and each worker before it reads its arguments. So
-this module and what it imports stay light: no CUDA context, no model code.
+The entry point `vllm.platform_plugins` names `platform`, which vLLM asks first, and `vllm.general_plugins`
+names `register`, which it calls in the API server, the engine core and each worker before it reads its
+arguments. So this module and what it imports stay light: no CUDA context, no model code.
 """
 
 import importlib
@@ -64,8 +64,8 @@ def _unsupported() -> str | None:
     path = f"{type(current_platform).__module__}.{type(current_platform).__qualname__}"
     if path not in PLATFORMS.values():
         return (
-            f"turboquant-runtime does nothing on vLLM's platform {type(current_platform).__qualname__}: compressed "
-            "caches are served on NVIDIA GPUs and on CPUs, without another platform plugin or VLLM_TARGET_DEVICE"
+            f"turboquant-runtime does nothing on vLLM's {type(current_platform).__qualname__}: compressed caches "
+            "are served on NVIDIA GPUs and on CPUs, with neither another platform plugin nor VLLM_TARGET_DEVICE"
         )
     return None
 

@@ -1,6 +1,6 @@
 """Shapes of models on a GPU: at 8 bits an engine answers next to as one with vLLM's own cache does.
 
-Log probabilities of a whole prompt go through the prefill's road, those of the answer through the decode's.
+Log probabilities of a whole prompt come from prefill attention, those of the answer from decode attention.
 """
 
 from statistics import median
@@ -25,6 +25,8 @@ SHAPES = {
     "head_dim 192, one KV head": ("LLAMA", {"head_dim": 192, "num_key_value_heads": 1}, NEAR),
     "head_dim 256": ("LLAMA", {"head_dim": 256}, NEAR),
     "sliding windows": ("GEMMA3", {"tie_word_embeddings": False}, 0.1),
+    "a window longer than any sequence": ("MISTRAL", {}, NEAR),
+    "a window in every layer": ("MISTRAL", {"sliding_window": 80}, NEAR),
     "soft cap": ("GEMMA2", {}, 0.1),
     "sinks": ("GPT_OSS", {}, NEAR),
     "linear attention": ("QWEN3_NEXT", {}, 0.05),
@@ -52,6 +54,44 @@ def test_answers_are_next_to_those_of_the_uncompressed_cache(engines, tokens, sh
     assert_next_to_each_other(*engines(shape), prompts, near=SHAPES[shape][2])
 
 
+def test_a_window_that_the_scratch_does_not_hold(start_on_gpu, dummy_model, tokens, monkeypatch) -> None:
+    """A scratch of 256 tokens, windows of 300 and 700: contexts are read in pieces, merged by log-sum-exp."""
+    from turboquant_kernels.prefill import attention
+
+    model = dummy_model("GEMMA3", weights=0, tie_word_embeddings=False, sliding_window=300)
+    plain = start_on_gpu(model, "auto")
+    monkeypatch.setattr(attention, "SCRATCH_BYTES", 256 * 2 * 128 * 2)
+    compressed = start_on_gpu(model, "tq-k8v8")
+    assert_next_to_each_other(compressed, plain, [tokens(900), tokens(700, 1)], near=0.1)
+
+
+SKIPPED = {
+    "sliding windows": ("GEMMA3", {"tie_word_embeddings": False}, ["0", "5"], 0.1),
+    "sliding windows by name": ("GEMMA3", {"tie_word_embeddings": False}, ["sliding_window"], 0.1),
+    "full attention": ("LLAMA", {}, ["1"], NEAR),
+    "linear attention": ("QWEN3_NEXT", {"num_hidden_layers": 8}, ["3"], 0.05),
+    "Mamba": ("FALCON_H1", {}, ["0"], 0.1),
+}
+
+
+@pytest.mark.parametrize("shape", SKIPPED)
+def test_layers_in_the_models_own_dtype_beside_others(start_on_gpu, dummy_model, tokens, shape) -> None:
+    """They share a block pool with compressed layers, and cost what they store."""
+    name, overrides, skipped, near = SKIPPED[shape]
+    model = dummy_model(name, weights=0, **overrides)
+    arguments = {"gdn_prefill_backend": "triton"} if name == "QWEN3_NEXT" else {}
+    skipping = start_on_gpu(model, "tq-k8v8", kv_cache_dtype_skip_layers=skipped, **arguments)
+    compressed, plain = (start_on_gpu(model, cache, **arguments) for cache in ("tq-k8v8", "auto"))
+    assert_next_to_each_other(skipping, plain, [tokens(700), tokens(200, 1)], near=near)
+    assert plain.capacity_tokens < skipping.capacity_tokens < compressed.capacity_tokens
+    pages = {
+        spec.page_size_bytes
+        for group in skipping.runner.kv_cache_config.kv_cache_groups
+        for spec in getattr(group.kv_cache_spec, "kv_cache_specs", {"": group.kv_cache_spec}).values()
+    }
+    assert len(pages) == (2 if name == "LLAMA" else 1)
+
+
 @pytest.mark.parametrize("shape", ["linear attention", "Mamba"])
 def test_the_reported_baseline_of_a_hybrid_is_what_a_bf16_engine_has(engines, shape) -> None:
     """In bf16 a block has fewer tokens, so that it is as large as a state."""
@@ -74,7 +114,7 @@ def test_fewer_bits_are_further_away(start_on_gpu, dummy_model, tokens) -> None:
 
 @pytest.mark.parametrize(("name", "near"), [("tq-k4v8-prod", 0.6), ("tq-k3v8-prod", 0.9)])
 def test_prod_formats(start_on_gpu, dummy_model, tokens, name: str, near: float) -> None:
-    """As near as on the CPU engine, .43 and .62; and both roads read the same of a page."""
+    """As near as on the CPU engine, .43 and .62; and prefill and decode read the same of a page."""
     model = dummy_model("GEMMA3", weights=0, tie_word_embeddings=False)
     engine, prompt = start_on_gpu(model, name), tokens(300)
     assert_next_to_each_other(engine, start_on_gpu(model, "auto"), [prompt], near=near, far=5.0)

@@ -27,8 +27,9 @@ def plan_of(vllm_config: VllmConfig) -> KVPlan | None:
 def layer_format(vllm_config: VllmConfig, layer_name: str) -> KVFormat:
     """The format of one attention layer of an engine that has a KV plan.
 
-    The number in the layer's name (`model.layers.3.self_attn.attn`) is its place in the model; the plan has an
-    entry for each layer with attention. The layers of a draft model take the format of `--kv-cache-dtype`.
+    The number in the layer's name (`model.layers.3.self_attn.attn`) is its place in the model; the plan has
+    an entry for each layer with attention. The layers of a draft model take the format of
+    `--kv-cache-dtype`.
     """
     plan = plan_of(vllm_config)
     assert plan is not None, "only layers with a compressed format are asked for"
@@ -100,8 +101,9 @@ def _layer_index(layer_name: str) -> int:
 
 
 def _bidirectional_modalities(model: Any) -> tuple[str, ...]:
-    """Modalities that are served and whose tokens see each other in both directions, as vLLM's runners have it:
-    all but audio, in a model of that kind. It is none of that kind where all its modalities are limited to 0."""
+    """Modalities that are served and whose tokens see each other in both directions, as vLLM's runners have
+    it: all but audio, in a model of that kind. It is none of that kind where all its modalities are limited
+    to 0."""
     multimodal = model.multimodal_config
     if not model.is_mm_prefix_lm or multimodal is None:
         return ()

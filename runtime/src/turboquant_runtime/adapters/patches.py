@@ -1,8 +1,8 @@
 """Every patch of vLLM 0.32's internals: what, why, and nothing else.
 
-For most of what compressed caches need vLLM has a place: its platform (`platform`), its backends and their specs
-(`specs`). What has none is patched here, in four places, by process. `tests/test_patches.py` fails by name when
-a symbol changes. With none of our formats chosen every patch calls straight through.
+For most of what compressed caches need vLLM has a place: its platform (`platform`), its backends and their
+specs (`specs`). What has none is patched here, in four places, by process. `tests/test_patches.py` fails by
+name when a symbol changes. With none of our formats chosen every patch calls straight through.
 
 | process | patched | so that |
 |---|---|---|
@@ -59,10 +59,11 @@ def patch_worker() -> None:
 def _accept_cache_dtypes() -> None:
     """Adds our format names to the values that `--kv-cache-dtype` and `CacheConfig` accept.
 
-    Patched: the Literal `vllm.config.cache.CacheDType` with its copies in the pydantic dataclass `CacheConfig` and
-    its imports in `attention.selector` and `arg_utils`; the argparse entry made from it;
-    `STR_DTYPE_TO_TORCH_DTYPE`, in which the name must lead to the pages' element type. The Literal is closed and
-    checked at each of these places. From vLLM 0.33 on `register_kv_cache_dtype` replaces all of this.
+    Patched: the Literal `vllm.config.cache.CacheDType` with its copies in the pydantic dataclass
+    `CacheConfig` and its imports in `attention.selector` and `arg_utils`; the argparse entry made from it;
+    `STR_DTYPE_TO_TORCH_DTYPE`, in which the name must lead to the pages' element type. The Literal is
+    closed and checked at each of these places. From vLLM 0.33 on `register_kv_cache_dtype` replaces all of
+    this.
     """
     names = tuple(fmt.name for fmt in COMPRESSED_FORMATS)
     config = vllm.config.cache.CacheConfig
@@ -98,9 +99,9 @@ def _cache_dtype_argument(value: str) -> str:
 def _lengthen_drafts_on_the_host() -> None:
     """Keeps the host's lengths of a draft model's sequences in step with the device's.
 
-    Patched: `extend_all_queries_by_N` in `vllm.v1.spec_decode.llm_base_proposer`, by which the first model runner
-    gives a draft model one token more of each sequence than the target had. It adds them to the lengths on the
-    device, not to `seq_lens_cpu_upper_bound`, by which prompts are read.
+    Patched: `extend_all_queries_by_N` in `vllm.v1.spec_decode.llm_base_proposer`, by which the first model
+    runner gives a draft model one token more of each sequence than the target had. It adds them to the
+    lengths on the device, not to `seq_lens_cpu_upper_bound`, by which prompts are read.
     """
     from vllm.v1.spec_decode import llm_base_proposer
 
@@ -130,8 +131,9 @@ class _Engine:
 def _patch_engine_core() -> None:
     """Identifies pages and reports capacities.
 
-    Both need what `get_kv_cache_configs` is given, the one place that sees all layers' specs and the memory; what
-    follows in an engine core's start reads it from `laid_out`. An engine core is made in one thread.
+    Both need what `get_kv_cache_configs` is given, the one place that sees all layers' specs and the
+    memory; what follows in an engine core's start reads it from `laid_out`. An engine core is made in one
+    thread.
     """
     from vllm.v1.engine import core
 
@@ -168,9 +170,10 @@ def _patch_engine_core() -> None:
 def _identify_pages(laid_out: list[_Engine]) -> None:
     """Makes part of what identifies a page beyond this engine: each layer's format, the seed, the layout.
 
-    Patched: the name `init_none_hash` in `vllm.v1.engine.core`, which sets the hash that every sequence's first
-    block follows. Pages in host memory or on disk are found by these hashes; two engines that share them and
-    differ in the plan, or in the layers that keep the model's dtype, so never read each other's bytes.
+    Patched: the name `init_none_hash` in `vllm.v1.engine.core`, which sets the hash that every sequence's
+    first block follows. Pages in host memory or on disk are found by these hashes; two engines that share
+    them and differ in the plan, or in the layers that keep the model's dtype, so never read each other's
+    bytes.
     """
     from vllm.v1.core import kv_cache_utils
     from vllm.v1.engine import core
@@ -200,8 +203,8 @@ def _report_capacity(laid_out: list[_Engine]) -> None:
     """Sends the capacity of the uncompressed cache from the engine core to the front end, where metrics are.
 
     Patched: `EngineCoreReadyResponse` in `vllm.v1.engine.core`, the message that already carries vLLM's own
-    capacity, which gets one field more; `MPClient._apply_ready_response`, which reads it. Readers of the message
-    that do not know the field skip it.
+    capacity, which gets one field more; `MPClient._apply_ready_response`, which reads it. Readers of the
+    message that do not know the field skip it.
     """
     from vllm.v1.engine import EngineCoreReadyResponse, core, core_client
 

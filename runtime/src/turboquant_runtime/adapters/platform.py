@@ -1,7 +1,8 @@
-"""What vLLM asks of its platform, answered for compressed caches: what is served, by which backend, in which pages.
+"""What vLLM asks of its platform, answered for compressed caches: what is served, by which backend, in
+which pages.
 
-vLLM takes one platform class in a process. `platform_cpu` and `platform_cuda` put these answers before those of
-vLLM's own class; with none of our formats chosen each passes the call on.
+vLLM takes one platform class in a process. `platform_cpu` and `platform_cuda` put these answers before
+those of vLLM's own class; with none of our formats chosen each passes the call on.
 """
 
 import sys
@@ -24,8 +25,8 @@ class CompressedCaches:
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
         """Refuses what cannot be served while vLLM checks its configuration: no engine, no weights yet.
 
-        This is the last step of `VllmConfig.__post_init__`, which only the process that makes the configuration
-        runs; the others unpickle it. Layers that a plan leaves in the model's own dtype join
+        This is the last step of `VllmConfig.__post_init__`, which only the process that makes the
+        configuration runs; the others unpickle it. Layers that a plan leaves in the model's own dtype join
         `kv_cache_dtype_skip_layers` here, vLLM's own way to say so.
         """
         super().check_and_update_config(vllm_config)  # type: ignore[misc]
@@ -52,7 +53,8 @@ class CompressedCaches:
     def get_attn_backend_cls(
         cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
     ) -> str:
-        """Our backend for layers with a compressed format; RefusedConfiguration where a layer is not for it."""
+        """Our backend for layers with a compressed format; RefusedConfiguration where a layer is not for
+        it."""
         if attn_selector_config.kv_cache_dtype not in CACHE_DTYPES:
             return super().get_attn_backend_cls(  # type: ignore[misc, no-any-return]
                 selected_backend, attn_selector_config=attn_selector_config, num_heads=num_heads
@@ -68,7 +70,8 @@ class CompressedCaches:
         )
         if reasons:
             raise RefusedConfiguration(
-                f"{attn_selector_config.kv_cache_dtype}: {', '.join(reasons)}: start with --kv-cache-dtype auto"
+                f"{attn_selector_config.kv_cache_dtype}: {', '.join(reasons)}: "
+                "start with --kv-cache-dtype auto"
             )
         return cls.compressed_backend
 
@@ -87,8 +90,9 @@ class CompressedCaches:
 
     @classmethod
     def _align_hybrid_block_size(cls, vllm_config: "VllmConfig", backend_cls: Any) -> None:
-        """Sizes a hybrid's blocks, which must reach the size of a linear-attention or Mamba state, by the layer
-        whose pages are largest: vLLM asks the first layer's backend, which may hold fewer or all bits."""
+        """Sizes a hybrid's blocks, which must reach the size of a linear-attention or Mamba state, by the
+        layer whose pages are largest: vLLM asks the first layer's backend, which may hold fewer or all
+        bits."""
         from turboquant_runtime.adapters import specs
         from turboquant_runtime.adapters.engine_config import plan_of
 
@@ -98,8 +102,8 @@ class CompressedCaches:
 
     @classmethod
     def _align_heterogeneous_kv_block_size(cls, vllm_config: "VllmConfig", backend_cls: Any) -> None:
-        """Leaves blocks beside layers in the model's own dtype to `specs.fit_plain_layers`: vLLM enlarges them
-        in models that need no common page size, too, and fits no layer with full attention."""
+        """Leaves blocks beside layers in the model's own dtype to `specs.fit_plain_layers`: vLLM enlarges
+        them in models that need no common page size, too, and fits no layer with full attention."""
         from turboquant_runtime.adapters.engine_config import plan_of
 
         if plan_of(vllm_config) is None:
@@ -113,9 +117,7 @@ def _print_refusals_in_one_line() -> None:
     """
     previous = sys.excepthook
 
-    def excepthook(
-        kind: type[BaseException], error: BaseException, traceback: TracebackType | None
-    ) -> None:
+    def excepthook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
         if isinstance(error, RefusedConfiguration):
             print(f"turboquant: {error}", file=sys.stderr)
         else:

@@ -1,13 +1,13 @@
 """What a layer's pages take: a backend that knows its format on each layer, and pages that layers can share.
 
-vLLM asks a layer's backend class how many bytes a token takes (`customize_spec`), and tells it neither the layer
-nor the configuration. So once the model is loaded each layer gets a class of its own format, before its cache
-spec is asked for.
+vLLM asks a layer's backend class how many bytes a token takes (`customize_spec`), and tells it neither the
+layer nor the configuration. So once the model is loaded each layer gets a class of its own format, before
+its cache spec is asked for.
 
-Layers that keep the model's own dtype need nothing more where all layers have full attention: vLLM gives each of
-them pages of its own size. Beside sliding windows or states all layers share pages of one size in bytes. Then
-compressed blocks are made just large enough for the smallest block of a plain layer, and plain layers get as
-many tokens a block as fit.
+Layers that keep the model's own dtype need nothing more where all layers have full attention: vLLM gives
+each of them pages of its own size. Beside sliding windows or states all layers share pages of one size in
+bytes. Then compressed blocks are made just large enough for the smallest block of a plain layer, and plain
+layers get as many tokens a block as fit.
 """
 
 from collections.abc import Iterator
@@ -54,7 +54,8 @@ def put_formats_on_layers(vllm_config: VllmConfig) -> None:
 
 
 def largest_backend(vllm_config: VllmConfig) -> type[CompressedBackend] | None:
-    """Of the engine's compressed layers the backend whose tokens take most bytes; None without such layers."""
+    """Of the engine's compressed layers the backend whose tokens take most bytes; None without such
+    layers."""
     found = {
         layer.attn_backend.fmt.slot_bytes(layer.head_size): layer.attn_backend
         for layer in _layers(vllm_config).values()
@@ -64,7 +65,8 @@ def largest_backend(vllm_config: VllmConfig) -> type[CompressedBackend] | None:
 
 
 def fit_plain_layers(vllm_config: VllmConfig) -> None:
-    """Makes pages of one size out of compressed layers and those in the model's own dtype, where they need it."""
+    """Makes pages of one size out of compressed layers and those in the model's own dtype, where they need
+    it."""
     layers = _layers(vllm_config)
     specs = dict(_specs(vllm_config, layers))
     plain = {
@@ -72,7 +74,9 @@ def fit_plain_layers(vllm_config: VllmConfig) -> None:
         for name, spec in specs.items()
         if isinstance(spec, AttentionSpec) and _format(layers[name].get_attn_backend()) is None
     }
-    compressed = [spec for name, spec in specs.items() if isinstance(spec, AttentionSpec) and name not in plain]
+    compressed = [
+        spec for name, spec in specs.items() if isinstance(spec, AttentionSpec) and name not in plain
+    ]
     if not plain or not compressed or UniformTypeKVCacheSpecs.is_uniform_type(specs):
         return
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
@@ -82,10 +86,14 @@ def fit_plain_layers(vllm_config: VllmConfig) -> None:
     needed = max(smallest[name] * _token_bytes(spec) for name, spec in plain.items())
     token_bytes = max(map(_token_bytes, compressed))
     # A multiple of the smallest blocks, so that these divide it.
-    block_size = max(cache_config.block_size, round_up(ceil(needed / token_bytes), lcm(PAGE_TOKENS, *smallest.values())))
+    block_size = max(
+        cache_config.block_size, round_up(ceil(needed / token_bytes), lcm(PAGE_TOKENS, *smallest.values()))
+    )
     page_bytes = block_size * token_bytes
     if block_size > cache_config.block_size:
-        logger.info("Blocks have %d tokens, to hold a block of the layers in the model's own dtype.", block_size)
+        logger.info(
+            "Blocks have %d tokens, to hold a block of the layers in the model's own dtype.", block_size
+        )
         cache_config.block_size = block_size
         if cache_config.mamba_page_size_padded is not None:
             cache_config.mamba_page_size_padded = page_bytes
@@ -131,15 +139,13 @@ def _smallest_block(backend: type[AttentionBackend]) -> int:
 
 
 def _divisor(block_size: int, most: int, least: int) -> int:
-    """The largest divisor of `block_size` that is a multiple of `least` and at most `most`, or `least`: prefixes
-    are shared at multiples of all layers' blocks."""
+    """The largest divisor of `block_size` that is a multiple of `least` and at most `most`, or `least`:
+    prefixes are shared at multiples of all layers' blocks."""
     fitting = [tokens for tokens in range(least, most + 1, least) if block_size % tokens == 0]
     return max(fitting, default=least)
 
 
-def _with_pages(
-    backend: type[AttentionBackend], block_size: int, page_bytes: int
-) -> type[AttentionBackend]:
+def _with_pages(backend: type[AttentionBackend], block_size: int, page_bytes: int) -> type[AttentionBackend]:
     """A backend whose layers have blocks of so many tokens, padded to so many bytes."""
 
     def customize_spec(cls: type[AttentionBackend], spec: AttentionSpec) -> AttentionSpec:

@@ -1,8 +1,8 @@
 """What our attention backends have in common, whatever device reads the pages.
 
 vLLM asks a backend class for sizes before it makes a cache; each layer has a class of its own format
-(`adapters.specs`). It makes one `CompressedImpl` a layer, which knows the layer's format and refuses attention
-that compressed pages do not serve. `cpu` and `cuda` add how pages are written and read.
+(`adapters.specs`). It makes one `CompressedImpl` a layer, which knows the layer's format and refuses
+attention that compressed pages do not serve. `cpu` and `cuda` add how pages are written and read.
 """
 
 from collections.abc import Callable
@@ -50,12 +50,13 @@ class CompressedBackend(AttentionBackend):
     def refuse_derived(cls) -> None:
         """Raises RefusedConfiguration for a backend that another kind of attention made from this one.
 
-        Layers with prefix-LM attention, static sinks or chunks do so before they ask for their implementation,
-        which is where this is called: no weights yet.
+        Layers with prefix-LM attention, static sinks or chunks do so before they ask for their
+        implementation, which is where this is called: no weights yet.
         """
         if not cls.__module__.startswith("turboquant_runtime."):
             raise RefusedConfiguration(
-                f"{cls.__name__}: attention of this kind has no compressed form: start with --kv-cache-dtype auto"
+                f"{cls.__name__}: attention of this kind has no compressed form: "
+                "start with --kv-cache-dtype auto"
             )
 
     @classmethod
@@ -66,7 +67,8 @@ class CompressedBackend(AttentionBackend):
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        """A block's bytes are one piece, in an order of their own; other backends want tokens or heads first."""
+        """A block's bytes are one piece, in an order of their own; other backends want tokens or heads
+        first."""
         return KVCacheLayout.LBNHC, KVCacheLayout.LBHNC
 
     @staticmethod
@@ -104,9 +106,9 @@ def _of_format(backend: type[CompressedBackend], fmt: KVFormat) -> type[Any]:
 def blocks_of(kv_cache: torch.Tensor) -> torch.Tensor:
     """A layer's cache as the kernels take it: uint8 [num_blocks, block_size, kv_heads, slot_bytes].
 
-    kv_cache: as vLLM hands it over, uint8 [num_blocks, kv_heads, block_size, slot_bytes] in whatever order in
-    memory; a block's bytes are contiguous. Pages of layers with fewer bits may be padded to those of others. While
-    vLLM measures memory there is no cache, and a tensor without elements in its place.
+    kv_cache: as vLLM hands it over, uint8 [num_blocks, kv_heads, block_size, slot_bytes] in whatever order
+    in memory; a block's bytes are contiguous. Pages of layers with fewer bits may be padded to those of
+    others. While vLLM measures memory there is no cache, and a tensor without elements in its place.
     """
     if not kv_cache.numel():
         return kv_cache

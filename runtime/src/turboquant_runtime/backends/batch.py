@@ -22,8 +22,9 @@ class BatchSplit:
     query_len: int
     """Query tokens that the decode kernel takes of each sequence."""
     padded_rows: np.ndarray | None
-    """int64 [decode_tokens], where a sequence has fewer query tokens than that: the row of each token in a batch
-    of `query_len` rows a sequence, whose last rows are the sequence's tokens. None: rows stand so already."""
+    """int64 [decode_tokens], where a sequence has fewer query tokens than that: the row of each token in a
+    batch of `query_len` rows a sequence, whose last rows are the sequence's tokens. None: rows stand so
+    already."""
     query_starts: list[int]
     """Where the queries of the other sequences begin, counted from their first, and the end."""
 
@@ -35,8 +36,8 @@ class BatchSplit:
 def decode_query_lens(limit: int) -> list[int]:
     """Query tokens of a sequence that decodes are run with, in ascending order; the last is `limit`.
 
-    A kernel is compiled for each of them before requests come. Other numbers, as n-gram speculation has them, are
-    padded to the next: powers of two, the verification of all drafts, and one token more.
+    A kernel is compiled for each of them before requests come. Other numbers, as n-gram speculation has
+    them, are padded to the next: powers of two, the verification of all drafts, and one token more.
     """
     return sorted({1 << i for i in range(limit.bit_length())} | {max(1, limit - 1), limit})
 

