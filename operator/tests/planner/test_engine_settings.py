@@ -53,6 +53,21 @@ def test_throughput_mode_doubles_the_defaults():
     assert (found.batched_tokens, found.sequences) == (4096, 256)
 
 
+@pytest.mark.parametrize(
+    "args",
+    [
+        ['--speculative-config={"method": "ngram", "num_speculative_tokens": 3}'],
+        ["-sc", '{"model": "draft"}'],
+        ["--spec-model=draft"],
+        ["--speculative-config.model=draft"],
+        ["--enable-lora"],
+    ],
+)
+def test_models_beside_the_served_one_are_noticed(args):
+    assert not engine_settings((), None, 4096).extra_models
+    assert engine_settings(args, None, 4096).extra_models
+
+
 def test_dtype_and_eager_are_read():
     found = engine_settings(["--dtype", "half", "--enforce-eager"], H100, 4096)
     assert (found.dtype, found.compiled) == ("float16", False)

@@ -44,8 +44,12 @@ _FLAGS = (
     "max-num-seqs",
     "no-async-scheduling",
     "performance-mode",
+    "spec-method",
+    "spec-model",
     "speculative-config",
 )
+_MODEL_FLAGS = {"enable-lora", "spec-method", "spec-model", "speculative-config"}
+_SHORT_FLAGS = {"-sc": "--speculative-config"}
 _SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -115,7 +119,7 @@ def engine_settings(
         dtype=_DTYPES[dtype],
         compiled="enforce-eager" not in given,
         images=_takes_images(given),
-        extra_models=bool({"speculative-config", "enable-lora"} & given.keys()),
+        extra_models=any(flag.partition(".")[0] in _MODEL_FLAGS for flag in given),
         overlaps_steps=accelerator is not None and "no-async-scheduling" not in given,
         least_plain_tokens=16 if accelerator else 32,
     )
@@ -137,10 +141,11 @@ def _flags(args: Sequence[str]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for word, following in pairwise([*args, ""]):
-        if word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
-            name, dot, key = name.replace("_", "-").partition(".")
-            name = next((flag for flag in _FLAGS if flag.startswith(name)), name)
+        flag, equals, value = word.partition("=")
+        flag = _SHORT_FLAGS.get(flag, flag)
+        if flag.startswith("--"):
+            name, dot, key = flag[2:].replace("_", "-").partition(".")
+            name = next((known for known in _FLAGS if known.startswith(name)), name)
             follows = "" if following.startswith("--") else following
             found[name + dot + key] = value if equals else follows
     return found
