@@ -2,7 +2,8 @@
 
 import pytest
 
-from turboquant_operator.api.spec import OWNED_FLAGS
+from turboquant_operator.api.spec import OWNED_ENV, OWNED_FLAGS
+from turboquant_operator.planner.choice import LONG_CONTEXT_VARIABLE
 
 pytestmark = pytest.mark.engine
 
@@ -28,3 +29,10 @@ def test_every_spelling_of_an_owned_flag_is_owned(options: list[set[str]]) -> No
 def test_no_free_flag_looks_like_a_shortened_owned_one(options: list[set[str]]) -> None:
     free = set().union(*options) - set(OWNED_FLAGS)
     assert {(flag, owned) for flag in free for owned in OWNED_FLAGS if owned.startswith(flag)} == set()
+
+
+def test_every_variable_of_the_engine_is_one_that_it_reads() -> None:
+    from vllm.envs import environment_variables
+
+    named = {name for name in (*OWNED_ENV, LONG_CONTEXT_VARIABLE) if name.startswith("VLLM_")}
+    assert named - environment_variables.keys() == set()
