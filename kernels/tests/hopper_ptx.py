@@ -42,6 +42,11 @@ class MachineKernel:
         )
         self._programs = {}
 
+    @property
+    def kernels(self) -> int:
+        """Kernels that were compiled."""
+        return len(self._programs)
+
     def close(self) -> None:
         self._compiler.shutdown()
 

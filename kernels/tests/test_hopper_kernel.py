@@ -13,9 +13,9 @@ from hopper_ptx import MachineKernel
 from test_paged_attention import Batch
 
 from turboquant_kernels.decode import hopper
-from turboquant_kernels.decode import launch as decode_launch
+from turboquant_kernels.decode import plan as decode_plan
 from turboquant_kernels.decode.hopper import launch as hopper_launch
-from turboquant_kernels.decode.launch import Workspace, attend
+from turboquant_kernels.decode.plan import DecodePlan, DecodeShape
 from turboquant_kernels.formats import KVFormat
 from turboquant_kernels.queries.reference import rotate_queries
 
@@ -163,8 +163,8 @@ def machine(compiled, monkeypatch):
 
 @pytest.fixture
 def decode(machine, monkeypatch):
-    def decode(case: Case, batch: Batch) -> tuple[torch.Tensor, Workspace]:
-        """float32 [num_seqs * query_len, q_heads, D], un-rotated, and the workspace it was made in."""
+    def decode(case: Case, batch: Batch, wide_offsets: bool | None = None) -> tuple[torch.Tensor, DecodePlan]:
+        """float32 [num_seqs * query_len, q_heads, D], un-rotated, and the plan it was made by."""
         launch_of = hopper_launch.launch_of
 
         def launch_for_splits(fmt, head_dim, rows, short=False):
@@ -172,29 +172,34 @@ def decode(machine, monkeypatch):
             return replace(launch, programs_per_sm=case.splits * case.kv_heads * launch.row_groups(rows))
 
         monkeypatch.setattr(hopper, "launch_of", launch_for_splits)
-        monkeypatch.setattr(decode_launch, "_FUSED_SPLITS", 16 if case.fused else 0)
+        monkeypatch.setattr(decode_plan, "_FUSED_SPLITS", 16 if case.fused else 0)
         codec, q_heads = batch.codec, case.group * case.kv_heads
         lengths = torch.tensor(case.lengths, dtype=torch.int32)
-        workspace = Workspace.allocate(
-            codec, batch.cache, batch.block_table, case.query_len, q_heads, path="hopper"
+        shape = DecodeShape.of(
+            codec,
+            batch.cache,
+            batch.block_table,
+            q_heads=q_heads,
+            query_len=case.query_len,
+            window=case.options.get("window"),
         )
-        workspace.deal_out(lengths, case.options.get("window"))
-        workspace.partial.fill_(torch.nan)
-        workspace.stats.fill_(torch.nan)
+        plan = DecodePlan(shape, torch.device("cpu"), path="hopper")
+        plan.schedule(lengths)
+        plan.partial.fill_(torch.nan)
+        plan.stats.fill_(torch.nan)
         empty = torch.ones(case.query_len, q_heads, case.head_dim)
         query = torch.cat([query if len(query) else empty for query in batch.queries]).to(case.dtype)
-        rotated = attend(
-            codec,
+        rotated = plan.attend(
             rotate_queries(codec, query, case.head_dim**-0.5),
             batch.cache,
             batch.block_table,
             lengths,
-            query_len=case.query_len,
-            workspace=workspace,
+            soft_cap=case.options.get("soft_cap"),
+            sinks=case.options.get("sinks"),
             out=torch.full(query.shape, torch.nan),
-            **case.options,
+            wide_offsets=wide_offsets,
         )
-        return codec.unrotate(rotated), workspace
+        return codec.unrotate(rotated), plan
 
     return decode
 
@@ -211,11 +216,11 @@ def assert_close(case: Case, batch: Batch, result: torch.Tensor) -> None:
 def test_attention(name, decode):
     case = CASES[name]
     batch = case.batch()
-    result, workspace = decode(case, batch)
+    result, plan = decode(case, batch)
     assert_close(case, batch, result)
-    assert (workspace.counters is None) == (not case.fused)
-    assert workspace.counters is None or not workspace.counters.any()
-    assert workspace.schedule.splits[:, 1].max() >= min(case.splits, 2)
+    assert (plan.counters is None) == (not case.fused)
+    assert plan.counters is None or not plan.counters.any()
+    assert plan.splits.splits[:, 1].max() >= min(case.splits, 2)
 
 
 def test_the_order_of_programs_changes_no_bit(decode, machine):
@@ -227,8 +232,12 @@ def test_the_order_of_programs_changes_no_bit(decode, machine):
     assert torch.equal(first, decode(case, batch)[0])
 
 
-def test_offsets_of_64_bits(decode, monkeypatch):
-    monkeypatch.setattr(hopper_launch, "_offset_bits", lambda _: 64)
+def test_offsets_of_64_bits_are_another_kernel_with_the_same_result(decode, machine):
     case = CASES["anchors"]
     batch = case.batch()
-    assert_close(case, batch, decode(case, batch)[0])
+    narrow, _ = decode(case, batch)
+    before = machine.kernels
+    assert torch.equal(decode(case, batch, wide_offsets=True)[0], narrow)
+    assert machine.kernels == before + 1
+    decode(case, batch, wide_offsets=False)
+    assert machine.kernels == before + 1

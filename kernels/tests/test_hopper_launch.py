@@ -10,8 +10,9 @@ from hopper_memory import shared_bytes
 from triton.runtime.jit import serialize_specialization_data
 
 from turboquant_kernels.codec import Codec
-from turboquant_kernels.decode import launch as decode_launch
+from turboquant_kernels.decode import plan as decode_plan
 from turboquant_kernels.decode.hopper import HEAD_DIMS, launch_of, variants
+from turboquant_kernels.decode.plan import DecodePlan, DecodeShape
 from turboquant_kernels.formats import COMPRESSED_FORMATS, Encoding, KVFormat
 
 PROGRAM_BYTES, MULTIPROCESSOR_BYTES, RESERVED_BYTES = 227 << 10, 228 << 10, 1 << 10
@@ -54,25 +55,24 @@ def test_the_programs_of_every_format_fit_a_multiprocessor(head_dim, rows, short
 )
 def test_tiles_are_small_where_a_program_has_few(fmt, batch, context, window, pages, fused, monkeypatch):
     """32 query heads, 8 KV heads of 128; on 132 multiprocessors these have 66 splits at once."""
-    own = workspace(monkeypatch, fmt, 128, 32, batch, context, window)
+    own = plan_of(monkeypatch, fmt, 128, 32, batch, context, window)
     assert own.launch.pages == pages
     assert (own.counters is not None) == fused
 
 
 def test_eight_rows_and_head_dim_256_have_small_tiles_too(monkeypatch):
     for head_dim, q_heads, context, pages in ((128, 64, 32768, 2), (128, 64, 131072, 4), (256, 16, 8192, 1)):
-        assert workspace(monkeypatch, "tq-k3v3", head_dim, q_heads, 1, context).launch.pages == pages
+        assert plan_of(monkeypatch, "tq-k3v3", head_dim, q_heads, 1, context).launch.pages == pages
 
 
-def workspace(monkeypatch, fmt, head_dim, q_heads, batch, context, window=None):
+def plan_of(monkeypatch, fmt, head_dim, q_heads, batch, context, window=None):
     """Of 8 KV heads and blocks of 16 tokens, as an H200 would have it."""
-    monkeypatch.setattr(decode_launch, "_multiprocessors", lambda _: 132)
+    monkeypatch.setattr(decode_plan, "_multiprocessors", lambda _: 132)
     codec = Codec(KVFormat.parse(fmt), head_dim)
     kv_cache = torch.zeros(1, 16, 8, codec.fmt.slot_bytes(head_dim), dtype=torch.uint8)
     block_table = torch.zeros(batch, context // 16, dtype=torch.int32)
-    return decode_launch.Workspace.allocate(
-        codec, kv_cache, block_table, 1, q_heads, window=window, path="hopper"
-    )
+    shape = DecodeShape.of(codec, kv_cache, block_table, q_heads=q_heads, query_len=1, window=window)
+    return DecodePlan(shape, torch.device("cpu"), path="hopper")
 
 
 def test_hooks_that_watch_compilation_can_write_specializations_down():

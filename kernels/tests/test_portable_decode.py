@@ -7,7 +7,7 @@ import torch
 from test_paged_attention import Batch
 
 from turboquant_kernels.codebook import codebook
-from turboquant_kernels.decode.launch import paged_decode
+from turboquant_kernels.decode.plan import paged_decode
 from turboquant_kernels.decode.portable import attend_items, launch_of, variants
 from turboquant_kernels.formats import COMPRESSED_FORMATS, HEAD_DIMS, PAGE_TOKENS, KVFormat
 from turboquant_kernels.queries.reference import rotate_queries
@@ -144,6 +144,11 @@ def test_one_token_far_above_the_rest(device):
     batch = Batch([1], [300])
     batch.queries[0] = 12 * batch.keys[0][123].repeat_interleave(2, dim=0)[None]
     check(batch, device)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 290}, {"soft_cap": 20.0}])
+def test_many_light_tokens_behind_a_heavy_one(options, device):
+    check(Batch([1], [300], heavy={11: 12.0}), device, splits=1, **options)
 
 
 def test_logits_of_several_hundred(device):

@@ -18,7 +18,7 @@ from turboquant_kernels.packing import VALUE_SCALE, anchors_of, pages_of
 
 @dataclass(frozen=True)
 class DecodeStep:
-    """Queries and cache of one attention layer, as `decode.launch` takes them. Tensors are on one device."""
+    """Queries and cache of one attention layer, as `decode.plan` takes them. Tensors are on one device."""
 
     codec: Codec
     query: torch.Tensor

@@ -28,7 +28,6 @@ from turboquant_kernels.bench.rows import (
     Shape,
 )
 from turboquant_kernels.codec import Codec
-from turboquant_kernels.decode.launch import path_of
 from turboquant_kernels.formats import ANCHOR_TOKENS, KVFormat
 
 RAGGED_LENGTHS = (1024, 65536)
@@ -218,7 +217,7 @@ class Benchmark:
         self._extra["head_dims"].append(
             {
                 "head_dim": shape.head_dim,
-                "path": path_of(codec, step.kv_cache),
+                "path": subject.plan_of(step).path,
                 "ms": clocks.do_bench_ms(subject.decode(step)),
                 "fa3_bf16_ms": theirs,
             }

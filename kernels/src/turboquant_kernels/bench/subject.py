@@ -4,7 +4,7 @@ import torch
 
 from turboquant_kernels.bench.caches import DecodeStep
 from turboquant_kernels.bench.clocks import Call
-from turboquant_kernels.decode.launch import Path, Workspace, attend, paged_decode
+from turboquant_kernels.decode.plan import DecodePlan, DecodeShape, Path
 from turboquant_kernels.prefill.attention import Attend, plan, prefill_attention
 from turboquant_kernels.queries.kernel import rotate_queries
 from turboquant_kernels.store.kernel import store
@@ -16,47 +16,38 @@ def decode(step: DecodeStep, path: Path | None = None) -> Call:
     Queries are quantized and the schedule is made before the call, buffers are its own.
     """
     queries = rotate_queries(step.codec, step.query, step.scale)
-    workspace = _workspace(step, path)
+    plan = plan_of(step, path)
+    plan.schedule(step.seq_lens)
     # What stands in the buffers of an earlier step must not matter.
-    workspace.partial.fill_(torch.nan)
-    workspace.stats.fill_(torch.nan)
+    plan.partial.fill_(torch.nan)
+    plan.stats.fill_(torch.nan)
     out = torch.full(step.query.shape, torch.nan, dtype=torch.float32, device=step.query.device)
-    return lambda: attend(
-        step.codec,
+    return lambda: plan.attend(
         queries,
         step.kv_cache,
         step.block_table,
         step.seq_lens,
-        **step.options,
-        workspace=workspace,
+        soft_cap=step.soft_cap,
+        sinks=step.sinks,
         out=out,
     )
 
 
-def output(step: DecodeStep, path: Path | None = None, workspace: Workspace | None = None) -> Call:
-    """Everything between queries and their output: bf16 [rows, q_heads, D].
+def output(step: DecodeStep, path: Path | None = None) -> Call:
+    """Everything between queries and their output, the schedule included: bf16 [rows, q_heads, D]."""
+    plan, out = plan_of(step, path), torch.full_like(step.query, torch.nan)
 
-    Without a workspace the schedule is made in the call.
-    """
-    out = torch.full_like(step.query, torch.nan)
-    return lambda: paged_decode(
-        step.codec,
-        step.query,
-        step.kv_cache,
-        step.block_table,
-        step.seq_lens,
-        **step.options,
-        scale=step.scale,
-        path=path,
-        workspace=workspace,
-        out=out,
-    )
+    def call() -> torch.Tensor:
+        plan.schedule(step.seq_lens)
+        return _run(plan, step, out)
+
+    return call
 
 
 def whole_step(step: DecodeStep) -> Call:
-    """What a layer does in a decode step: the store of each sequence's newest token, then `output`.
+    """What a layer does in a decode step: the store of each sequence's newest token, then attention.
 
-    The schedule, which layers share, is made before the call.
+    The plan and its schedule, which layers share, are made before the call.
     """
     block_size, kv_heads = step.kv_cache.shape[1:3]
     last = step.seq_lens.long() - 1
@@ -64,11 +55,12 @@ def whole_step(step: DecodeStep) -> Call:
     slots = block * block_size + last % block_size
     size = (len(slots), kv_heads, step.codec.head_dim)
     key, value = (torch.randn(size, dtype=torch.bfloat16, device=slots.device) for _ in range(2))
-    attention = output(step, workspace=_workspace(step, None))
+    plan, out = plan_of(step), torch.full_like(step.query, torch.nan)
+    plan.schedule(step.seq_lens)
 
     def call() -> torch.Tensor:
         store(step.codec, key, value, step.kv_cache, slots)
-        return attention()
+        return _run(plan, step, out)
 
     return call
 
@@ -93,15 +85,27 @@ def prefill(step: DecodeStep, chunk: int, attend_tiles: Attend) -> Call:
     )
 
 
-def _workspace(step: DecodeStep, path: Path | None) -> Workspace:
-    workspace = Workspace.allocate(
+def plan_of(step: DecodeStep, path: Path | None = None) -> DecodePlan:
+    """The plan of a step, without a schedule."""
+    shape = DecodeShape.of(
         step.codec,
         step.kv_cache,
         step.block_table,
-        step.query_len,
-        step.query.shape[1],
+        q_heads=step.query.shape[1],
+        query_len=step.query_len,
         window=step.window,
-        path=path,
     )
-    workspace.deal_out(step.seq_lens, step.window)
-    return workspace
+    return DecodePlan(shape, step.kv_cache.device, path=path)
+
+
+def _run(plan: DecodePlan, step: DecodeStep, out: torch.Tensor) -> torch.Tensor:
+    return plan.run(
+        step.query,
+        step.kv_cache,
+        step.block_table,
+        step.seq_lens,
+        scale=step.scale,
+        soft_cap=step.soft_cap,
+        sinks=step.sinks,
+        out=out,
+    )

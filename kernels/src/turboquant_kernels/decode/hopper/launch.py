@@ -117,10 +117,12 @@ def attend_items(
     window: int | None = None,
     soft_cap: float | None = None,
     merged: Merged | None = None,
+    wide_offsets: bool | None = None,
 ) -> None:
     """Fills the partial results of the items of a schedule; arguments are those of `portable.attend_items`.
 
     Attended values come in units of `value_unit`. With `merged` splits are merged in the same launch.
+    `wide_offsets`: whether offsets in the cache have 64 bits; by default where 32 do not reach its end.
     """
     _, block_size, kv_heads, _ = kv_cache.shape
     group = queries.codes.shape[1] // kv_heads
@@ -133,7 +135,7 @@ def attend_items(
         group,
         query_len,
         block_size,
-        _offset_bits(words),
+        64 if (_needs_wide_offsets(words) if wide_offsets is None else wide_offsets) else 32,
         window is not None,
         bool(soft_cap),
         merged is not None,
@@ -335,6 +337,6 @@ def _device_tables(fmt: KVFormat, head_dim: int, device: torch.device) -> torch.
     return torch.tensor(words, dtype=torch.int32)[:, None].repeat(1, 32).to(device)
 
 
-def _offset_bits(words: torch.Tensor) -> int:
+def _needs_wide_offsets(words: torch.Tensor) -> bool:
     """64-bit offsets cost instructions; 32-bit ones of 4-byte words reach 8 GiB."""
-    return 32 if words.shape[0] * words.stride(0) < 1 << 31 else 64
+    return words.shape[0] * words.stride(0) >= 1 << 31

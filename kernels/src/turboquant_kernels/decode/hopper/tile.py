@@ -1,12 +1,13 @@
 """A tile of pages: what its tokens add to the attention of a program's rows.
 
 Logits are in base 2. A value's scale multiplies its token's weight, so its logarithm is added to the logit.
-Levels are step * (c + 1/2): the halves enter by the sum of the query's coordinates and the sum of the weights.
+Levels are step * (c + 1/2): the halves enter by the sum of the query's coordinates and the sum of the
+weights.
 
 Weights and sums are relative to 2**reference. Weights of 15 bits would lose whatever follows one heavy token
-if that were the largest logit so far, so it is the tile's own: each tile's weights are rounded relative to its
-own largest one, and what was summed before is multiplied by 2**(old reference - new reference). That may be
-more than 1, so the reference stays within `_REACH` of the largest logit of all.
+if that were the largest logit so far, so it is the tile's own: each tile's weights are rounded relative to
+its own largest one, and what was summed before is multiplied by 2**(old reference - new reference). That may
+be more than 1, so the reference stays within `_REACH` of the largest logit of all.
 """
 
 from typing import Any, NamedTuple
@@ -23,11 +24,11 @@ from turboquant_kernels.decode.hopper.values import add_sums, no_sums, sum_value
 from turboquant_kernels.decode.logits import LOG2_E, NOTHING
 
 _REACH = gl.constexpr(40.0)
-"""Powers of two that a reference may lie below the largest logit. What a tile that far below adds is less than
-2**-40 of the largest token's part for each token: a million of them are 2**-20. And sums stay finite in
+"""Powers of two that a reference may lie below the largest logit. What a tile that far below adds is less
+than 2**-40 of the largest token's part for each token: a million of them are 2**-20. And sums stay finite in
 float32. A token adds at most 2**40 to `scaled` and 2**40 * 32512 * 128 < 2**62 to `sums`. To `total`, from
-which its value's scale is left out, it adds at most 2**40 / 2**-40, the least scale that a logit is given. So
-2**24 tokens of a program, and as many splits as a merge adds up, are less than 2**127 in each."""
+which its value's scale is left out, it adds at most 2**40 / 2**-40, the least scale being 2**-40. All splits
+of a sequence of 2**24 tokens add up to less than 2**104."""
 
 _LOG2 = gl.constexpr("lg2.approx.ftz.f32 $0, $1;")
 
@@ -36,8 +37,8 @@ class Attended(NamedTuple):
     """What each warp knows of the tokens that it has read."""
 
     maximum: Any
-    """float32 [W, R]: the largest sum of a logit and the logarithm of its value's scale, `NOTHING` where a row
-    has seen no token."""
+    """float32 [W, R]: the largest sum of a logit and the logarithm of its value's scale, `NOTHING` where a
+    row has seen no token."""
     reference: Any
     """float32 [W, R]: what the following are relative to, as powers of two; `NOTHING` with the maximum."""
     total: Any

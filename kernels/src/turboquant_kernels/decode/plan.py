@@ -1,0 +1,348 @@
+"""Decode attention from queries to output: a plan for each shape of a batch, made once and run in every
+layer.
+
+    query -> queries.rotate_queries -> [schedule -> hopper or portable -> merge] -> queries.unrotate -> output
+
+    plan = DecodePlan(DecodeShape.of(codec, kv_cache, block_table, q_heads=32, query_len=1), device)
+    plan.schedule(seq_lens)                                               once a step
+    plan.run(query, kv_cache, block_table, seq_lens, scale=scale)         in every layer of this shape
+
+The plan holds what follows from shapes: which kernel reads the cache, how it is launched, and the buffers.
+Lengths are read on the device, so both calls can be captured in a CUDA graph, and a replay reads the lengths
+of its own step.
+"""
+
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import triton
+
+from turboquant_kernels.codec import Codec
+from turboquant_kernels.decode import hopper, portable
+from turboquant_kernels.decode.merge import merge
+from turboquant_kernels.decode.schedule import Schedule, fill
+from turboquant_kernels.formats import ANCHOR_TOKENS, PAGE_TOKENS
+from turboquant_kernels.packing import anchors_of, pages_of
+from turboquant_kernels.queries.kernel import rotate_queries, unrotate
+from turboquant_kernels.queries.reference import QuantizedQueries
+
+Path = Literal["hopper", "portable"]
+
+_SHORT_TILES = 5
+"""Tiles of a program up to which launches with smaller ones were faster, on an H200."""
+_FUSED_SPLITS = 2
+"""Splits of a sequence, on average, up to which its last program merges them: where most sequences have one
+split, a launch that merges costs more than it saves."""
+
+
+@dataclass(frozen=True)
+class DecodeShape:
+    """All that buffers and kernels of a decode follow from; layers of equal shape share a plan.
+
+    Codecs are compared by format, head dimension and seed.
+    """
+
+    codec: Codec = field(compare=False)
+    q_heads: int
+    kv_heads: int
+    block_size: int
+    """Tokens of a block."""
+    block_stride: int
+    """Bytes from one block of the cache to the next."""
+    num_seqs: int
+    query_len: int
+    """Query tokens of each sequence."""
+    max_blocks: int
+    """Entries of a row of the block table."""
+    window: int | None = None
+    """Tokens that a query sees, its own included; None: all up to its own."""
+    _codec: tuple[object, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        codec = self.codec
+        object.__setattr__(self, "_codec", (codec.fmt, codec.head_dim, codec.seed))
+
+    @classmethod
+    def of(
+        cls,
+        codec: Codec,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        *,
+        q_heads: int,
+        query_len: int,
+        window: int | None = None,
+    ) -> "DecodeShape":
+        """The shape of a decode over these tensors, which `paged_decode` describes; their contents do not
+        count.
+
+        Raises ValueError where the cache's shape is not that of the codec's format, or its blocks have no
+        room for key anchors.
+        """
+        pages_of(kv_cache, codec.layout)
+        if codec.fmt.anchor:
+            anchors_of(kv_cache, codec.fmt, codec.head_dim)
+        _, block_size, kv_heads, _ = kv_cache.shape
+        num_seqs, max_blocks = block_table.shape
+        return cls(
+            codec, q_heads, kv_heads, block_size, kv_cache.stride(0), num_seqs, query_len, max_blocks, window
+        )
+
+    @property
+    def rows(self) -> int:
+        """Rows that share a KV head: its query heads times the query tokens of a sequence."""
+        return self.q_heads // self.kv_heads * self.query_len
+
+
+class PartialResults:
+    """Memory of the splits' partial results, shared by the plans of layers that run one after the other."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._memory: dict[tuple[torch.dtype, str], torch.Tensor] = {}
+
+    def view(self, dtype: torch.dtype, use: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """Memory for a use, in a shape. It holds zeros when it is new, later whatever its users leave there.
+
+        Where more is asked for than ever before the memory is allocated anew. Older views keep what they
+        have, so a captured graph stays valid; to reserve it once, ask for the largest first.
+        """
+        size = math.prod(shape)
+        memory = self._memory.get((dtype, use))
+        if memory is None or memory.numel() < size:
+            memory = self._memory[dtype, use] = torch.zeros(size, dtype=dtype, device=self.device)
+        return memory[:size].view(shape)
+
+
+def path_of(shape: DecodeShape, device: torch.device) -> Path:
+    """The faster kernel of those that read a cache of this shape on a device."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        codec = shape.codec
+        if hopper.supports(codec.fmt, codec.head_dim, 10 * major + minor, shape.block_stride):
+            return "hopper"
+    return "portable"
+
+
+class DecodePlan:
+    """One shape's kernel, launch, schedule and buffers."""
+
+    shape: DecodeShape
+    path: Path
+    launch: hopper.Launch | portable.Launch
+    splits: Schedule
+    """Which program reads which part of which sequence, as the last `schedule` made it."""
+    partial: torch.Tensor
+    """float32 [items, kv_heads, row_groups, rows, D]: sums of values of the splits."""
+    stats: torch.Tensor
+    """float32 [items, kv_heads, row_groups, rows, 2]: for each split the power of two that its sums are
+    relative to, and the sum of weights."""
+    counters: torch.Tensor | None
+    """int32 [num_seqs, kv_heads, row_groups], zero between launches: splits that are done, where the kernel
+    merges them itself. None where `merge` does."""
+
+    def __init__(
+        self,
+        shape: DecodeShape,
+        device: torch.device,
+        *,
+        path: Path | None = None,
+        partial_results: PartialResults | None = None,
+    ) -> None:
+        """`path` overrides the choice of kernel. Without `partial_results` the plan has memory of its own."""
+        self.shape = shape
+        self.path = path or path_of(shape, device)
+        self.launch = _launch_of(shape, self.path, device)
+        groups = self.launch.row_groups(shape.rows)
+        slots = max(1, _multiprocessors(device) * self.launch.programs_per_sm // (shape.kv_heads * groups))
+        self.splits = Schedule.empty(shape.num_seqs, slots, device)
+        items = len(self.splits.items)
+        memory = partial_results or PartialResults(device)
+        size = (items, shape.kv_heads, groups, self.launch.rows)
+        self.partial = memory.view(torch.float32, "partial", (*size, shape.codec.head_dim))
+        self.stats = memory.view(torch.float32, "stats", (*size, 2))
+        self.counters = None
+        if self.path == "hopper" and items <= _FUSED_SPLITS * shape.num_seqs:
+            self.counters = memory.view(torch.int32, "counters", (shape.num_seqs, shape.kv_heads, groups))
+
+    @property
+    def kernels(self) -> Hashable:
+        """What the compiled kernels of `schedule` and `run` follow from: plans for which it is equal compile
+        nothing new after each other, if soft cap, sinks, dtypes and the width of offsets are alike too."""
+        shape = self.shape
+        splits = triton.cdiv(len(self.splits.items), shape.num_seqs)
+        return (
+            shape._codec,
+            (shape.q_heads, shape.kv_heads, shape.block_size, shape.query_len),
+            # Integers of which Triton knows no more than this.
+            _specialized(shape.block_stride),
+            _specialized(shape.max_blocks),
+            shape.window and _specialized(shape.window),
+            self.path,
+            self.launch,
+            self.counters is None,
+            # The schedule's kernel has a size for the number of sequences, the merge's for their splits.
+            triton.next_power_of_2(shape.num_seqs),
+            triton.next_power_of_2(splits),
+        )
+
+    def schedule(self, seq_lens: torch.Tensor) -> None:
+        """Deals the sequences out to programs, on the device and without waiting for it: int32 [num_seqs],
+        query tokens included.
+
+        For all layers that run this plan until lengths change.
+        """
+        tile_pages = self.launch.tile_tokens // PAGE_TOKENS
+        # Pages that share a key anchor go to one program.
+        together = ANCHOR_TOKENS // PAGE_TOKENS if self.shape.codec.fmt.anchor else 1
+        fill(self.splits, seq_lens, self.shape.query_len, self.shape.window, tile_pages, together)
+
+    def run(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        *,
+        scale: float,
+        soft_cap: float | None = None,
+        sinks: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        wide_offsets: bool | None = None,
+    ) -> torch.Tensor:
+        """Attention of a batch of the plan's shape, with the schedule of its lengths.
+
+        Tensors, options, result and errors are those of `paged_decode`. `wide_offsets`: whether the cache is
+        addressed with 64-bit offsets, as one of more than 8 GiB must be; by default as its size asks for. It
+        is there to compile both kernels on a small cache, with equal results.
+        """
+        codec = self.shape.codec
+        rotated = self.attend(
+            rotate_queries(codec, query, scale),
+            kv_cache,
+            block_table,
+            seq_lens,
+            soft_cap=soft_cap,
+            sinks=sinks,
+            wide_offsets=wide_offsets,
+        )
+        return unrotate(codec, rotated, torch.empty_like(query) if out is None else out)
+
+    def attend(
+        self,
+        queries: QuantizedQueries,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        *,
+        soft_cap: float | None = None,
+        sinks: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        wide_offsets: bool | None = None,
+    ) -> torch.Tensor:
+        """Attention of rotated queries, still rotated: float32 [num_seqs * query_len, q_heads, D], or `out`.
+
+        Raises ValueError where the tensors have not the plan's shape.
+        """
+        shape, codec = self.shape, self.shape.codec
+        if (
+            block_table.shape != (shape.num_seqs, shape.max_blocks)
+            or kv_cache.stride(0) != shape.block_stride
+        ):
+            raise ValueError(
+                f"not of the plan's shape, {shape}: a block table of {list(block_table.shape)}, blocks "
+                f"{kv_cache.stride(0)} bytes apart"
+            )
+        if out is None:
+            out = queries.scale.new_empty(*queries.scale.shape, codec.head_dim)
+        arguments = (
+            codec,
+            self.launch,
+            queries,
+            kv_cache,
+            block_table,
+            seq_lens,
+            self.splits.items,
+            self.partial,
+            self.stats,
+        )
+        options: dict[str, Any] = {
+            "query_len": shape.query_len,
+            "window": shape.window,
+            "soft_cap": soft_cap,
+        }
+        if self.path == "portable":  # its offsets are 64-bit ones always
+            portable.attend_items(*arguments, **options)
+        else:
+            merged = None
+            if self.counters is not None:
+                merged = hopper.Merged(out, self.splits.splits, self.counters, sinks)
+            hopper.attend_items(*arguments, **options, merged=merged, wide_offsets=wide_offsets)
+        if self.counters is None:
+            unit = (hopper if self.path == "hopper" else portable).value_unit(codec)
+            merge(out, self.partial, self.stats, self.splits.splits, sinks, unit)
+        return out
+
+
+def paged_decode(
+    codec: Codec,
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    query_len: int,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    path: Path | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`decode.reference.paged_attention` for a batch of equally many query tokens a sequence, planned for
+    this one call.
+
+    query: bf16, fp16 or fp32 [num_seqs * query_len, q_heads, D], those of a sequence one after the other.
+    kv_cache: uint8 [num_blocks, block_size, kv_heads, slot_bytes]. block_table: int32 [num_seqs,
+    max_blocks]. seq_lens: int32 [num_seqs], query tokens included; 0 for a padded row, whose output is
+    zero. sinks: float [q_heads].
+
+    Returns [num_seqs * query_len, q_heads, D] in the query's dtype, or fills and returns `out`. Raises
+    ValueError where the cache's shape is not that of the codec's format, or the coordinates of a query or an
+    output are not adjacent in memory.
+    """
+    shape = DecodeShape.of(
+        codec, kv_cache, block_table, q_heads=query.shape[1], query_len=query_len, window=window
+    )
+    plan = DecodePlan(shape, kv_cache.device, path=path)
+    plan.schedule(seq_lens)
+    return plan.run(
+        query, kv_cache, block_table, seq_lens, scale=scale, soft_cap=soft_cap, sinks=sinks, out=out
+    )
+
+
+def _launch_of(shape: DecodeShape, path: Path, device: torch.device) -> hopper.Launch | portable.Launch:
+    codec, rows = shape.codec, shape.rows
+    if path == "portable":
+        return portable.launch_of(codec.head_dim, rows)
+    launch = hopper.launch_of(codec.fmt, codec.head_dim, rows)
+    read = shape.max_blocks * shape.block_size
+    if shape.window is not None:
+        read = min(read, shape.window + shape.query_len)
+    tokens = shape.num_seqs * shape.kv_heads * launch.row_groups(rows) * read
+    if tokens <= _multiprocessors(device) * launch.programs_per_sm * _SHORT_TILES * launch.tile_tokens:
+        launch = hopper.launch_of(codec.fmt, codec.head_dim, rows, short=True)
+    return launch
+
+
+def _specialized(n: int) -> tuple[bool, bool]:
+    """What Triton compiles a kernel for, of an integer argument: whether it is 1 or a multiple of 16."""
+    return n == 1, n % 16 == 0
+
+
+def _multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; of the interpreter one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
