@@ -63,6 +63,12 @@ CASES: dict[str, dict[str, Any]] = {
         "max_model_len": 2048,
         "skip_layers": [0, 5],
     },
+    "formats that take turns": {
+        "cache_dtype": "tq-k4v4",
+        "memory": 2**34,
+        "max_model_len": 2048,
+        "mix": ["tq-k8v4", "tq-k4v4", "bf16", "tq-k6v2"],
+    },
     "unbiased keys": {"cache_dtype": "tq-k3v4-prod", "memory": 2**33, "max_model_len": 512},
 }
 
@@ -70,9 +76,11 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def engine() -> dict[str, list[dict[str, Any]]]:
     """vLLM's answers to all cases for all models, from one process."""
+    configs = {name: HERE / "configs" / f"{name}.json" for name in NAMES}
+    layers = {name: read_facts(json.loads(path.read_text())).layers for name, path in configs.items()}
     run = subprocess.run(
-        [sys.executable, HERE / "vllm_capacity.py", *(HERE / "configs" / f"{name}.json" for name in NAMES)],
-        input=json.dumps(list(CASES.values())),
+        [sys.executable, HERE / "vllm_capacity.py", *configs.values()],
+        input=json.dumps({"cases": list(CASES.values()), "layers": layers}),
         capture_output=True,
         text=True,
         check=False,
@@ -88,6 +96,8 @@ def predicted(name: str, case: dict[str, Any], config) -> Option:
     flags = [f"--{flag.replace('_', '-')}={value}" for flag, value in case.get("args", {}).items()]
     fmt = BF16 if case["cache_dtype"] == "auto" else KVFormat.parse(case["cache_dtype"])
     choice = Choice.uniform(fmt, facts, case.get("skip_layers", ()))
+    if mix := [KVFormat.parse(name) for name in case.get("mix", ())]:
+        choice = Choice(fmt.name, tuple(mix[layer % len(mix)] for layer in range(facts.layers)))
     return Option(choice, facts, engine_settings(flags, None, context), context, 1, 1, case["memory"])
 
 

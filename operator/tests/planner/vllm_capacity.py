@@ -1,10 +1,11 @@
 """Asks vLLM itself, without starting an engine, what the planner predicts. Run as a script by a test.
 
-    python vllm_capacity.py CONFIG_JSON... < cases.json > answers.json
+    python vllm_capacity.py CONFIG_JSON... < question.json > answers.json
 
 Builds vLLM's own model class of every config on the meta device, takes each attention layer's cache spec,
 and lets vLLM lay the cache out. Prints one JSON object: per config name and per case the capacity in tokens,
-and what vLLM made of the config. A case is {"cache_dtype", "max_model_len", "args", "skip_layers", "memory"}.
+and what vLLM made of the config. The question is {"cases": [...], "layers": {config name: attention layers}};
+a case {"cache_dtype", "max_model_len", "args", "skip_layers", "memory", "mix"}. Layers take turns in a mix.
 """
 
 import json
@@ -28,9 +29,16 @@ from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, res
 from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity, get_kv_cache_configs
 from vllm.v1.worker.utils import customize_attention_spec
 
+from turboquant_kernels.formats import KVFormat
+from turboquant_kernels.plans import PLAN_KEY, KVPlan
 
-def engine_config(folder: Path, case: dict[str, Any]) -> VllmConfig:
+
+def engine_config(folder: Path, case: dict[str, Any], layers: int) -> VllmConfig:
     """The engine's configuration for one case, as the OpenAI server would make it."""
+    additional: dict[str, Any] = {}
+    if mix := case.get("mix"):
+        plan = KVPlan(tuple(KVFormat.parse(mix[layer % len(mix)]) for layer in range(layers)))
+        additional = {PLAN_KEY: plan.to_dict()}
     args = EngineArgs(
         model=str(folder),
         skip_tokenizer_init=True,
@@ -40,6 +48,7 @@ def engine_config(folder: Path, case: dict[str, Any]) -> VllmConfig:
         max_model_len=case.get("max_model_len"),
         kv_cache_dtype_skip_layers=[str(layer) for layer in case.get("skip_layers", [])],
         limit_mm_per_prompt={"image": 0},
+        additional_config=additional,
         **case.get("args", {}),
     )
     return args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
@@ -71,9 +80,9 @@ def cache_specs(config: VllmConfig) -> dict[str, Any]:
     return specs
 
 
-def answer(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
+def answer(folder: Path, case: dict[str, Any], layers: int) -> dict[str, Any]:
     """What vLLM makes of one model and one case."""
-    config = engine_config(folder, case)
+    config = engine_config(folder, case, layers)
     specs = cache_specs(config)
     found = {
         "context_length": config.model_config.max_model_len,
@@ -91,7 +100,7 @@ def answer(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Answers all cases of all configs; a model that vLLM cannot build is reported, not skipped."""
-    cases = json.load(sys.stdin)
+    question = json.load(sys.stdin)
     # Models print as they please; only the answers go to the caller.
     output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -105,9 +114,9 @@ def main() -> None:
             document.pop("quantization_config", None)
             (folder / "config.json").write_text(json.dumps(document))
             answers[path.stem] = []
-            for case in cases:
+            for case in question["cases"]:
                 try:
-                    answers[path.stem].append(answer(folder, case))
+                    answers[path.stem].append(answer(folder, case, question["layers"][path.stem]))
                 except Exception as error:
                     answers[path.stem].append({"failed": f"{type(error).__name__}: {error}"})
     json.dump(answers, output)
