@@ -64,8 +64,9 @@ def _unsupported() -> str | None:
     path = f"{type(current_platform).__module__}.{type(current_platform).__qualname__}"
     if path not in PLATFORMS.values():
         return (
-            f"turboquant-runtime does nothing on vLLM's {type(current_platform).__qualname__}: compressed caches "
-            "are served on NVIDIA GPUs and on CPUs, with neither another platform plugin nor VLLM_TARGET_DEVICE"
+            f"turboquant-runtime does nothing on vLLM's {type(current_platform).__qualname__}: compressed "
+            "caches are served on NVIDIA GPUs and on CPUs, with neither another platform plugin nor "
+            "VLLM_TARGET_DEVICE"
         )
     return None
 
