@@ -53,6 +53,18 @@ def test_tokens_of_an_engine_that_counts_its_graphs(spec, config):
     assert plan.predicted_tokens == pytest.approx(460_496, rel=7e-3)
 
 
+@pytest.mark.parametrize(("tensor", "pipeline", "more"), [(2, 1, True), (4, 1, True), (1, 2, False)])
+def test_collectives_take_memory_beside_tensor_parallelism_alone(facts, monkeypatch, tensor, pipeline, more):
+    settings = engine_settings((), catalogue()["nvidia-h100-80gb"], 8192)
+
+    def work() -> int:
+        return memory.work_bytes(facts("llama-3.1-8b"), settings, tensor, pipeline)
+
+    whole = work()
+    monkeypatch.setattr(memory, "COLLECTIVE_BYTES", 0)
+    assert (whole - work() > 1.8 * 2**30) == more
+
+
 @pytest.mark.parametrize(("pipeline", "eager", "layers"), [(1, False, 32), (2, False, 16), (1, True, 0)])
 def test_graphs_are_those_of_the_layers_of_a_stage(facts, monkeypatch, pipeline, eager, layers):
     settings = engine_settings(["--enforce-eager"] if eager else [], catalogue()["nvidia-h100-80gb"], 8192)

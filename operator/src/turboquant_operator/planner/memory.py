@@ -11,7 +11,7 @@ The terms other than graphs were measured with vLLM 0.25.1, which left graphs ou
 (driver 580) and an H200 at 0.9 of memory, one GPU, dummy weights in bf16: Llama-3.1-8B, Mistral-7B and
 Qwen3-8B, eager and compiled, with 2,048 and 8,192 tokens and 64 to 1,024 sequences; predicted tokens are
 within 0.1% there. With vLLM 0.32.0 nothing has been measured yet; a public log of 0.31.0 has 0.6% fewer
-tokens than predicted (``test_memory.py``). Tensor and pipeline parallelism are not measured either.
+tokens than predicted (``test_memory.py``). Engines on several GPUs have not been measured by us.
 """
 
 from math import ceil
@@ -32,9 +32,9 @@ GRAPH_BYTES = 7.4 * 2**20
 """What the engine estimates for the CUDA graphs of one layer, of all batch sizes together: a public log of
 vLLM 0.31.0 (A100 80GB, one GPU, default flags) has 0.23 GiB for the 32 layers of Llama-3.1-8B."""
 
-COLLECTIVE_BYTES = 600 * 2**20
-"""NCCL and custom all-reduce buffers of each GPU with tensor or pipeline parallelism. An allowance, not
-measured."""
+COLLECTIVE_BYTES = 1.96 * 2**30
+"""NCCL and custom all-reduce buffers of each GPU with tensor parallelism. Public logs of vLLM 0.19.0 have
+1.82 to 1.96 GiB more outside PyTorch on two and four H100 than on one, and no more with pipeline stages."""
 
 
 def weight_bytes_per_gpu(weight_bytes: int, tensor: int, pipeline: int) -> int:
@@ -56,7 +56,7 @@ def work_bytes(facts: ModelFacts, settings: EngineSettings, tensor: int, pipelin
     # peaks at 1.01 GiB with 2,048 tokens, of which 0.98 GiB are its embedding.
     embedding = 2 * step + words * hidden * element // tensor if settings.compiled else 0
     graphs = ceil(GRAPH_BYTES * facts.layers / pipeline) if settings.compiled else 0
-    collectives = COLLECTIVE_BYTES if tensor * pipeline > 1 else 0
+    collectives = ceil(COLLECTIVE_BYTES) if tensor > 1 else 0
     return RUNTIME_BYTES + max(layer, sampler, embedding) + graphs + collectives
 
 
