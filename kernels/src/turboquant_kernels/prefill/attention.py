@@ -129,7 +129,6 @@ def prefill_attention(
     attend: Attend,
     *,
     scale: float,
-    window: int | None = None,
     soft_cap: float | None = None,
     sinks: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
