@@ -14,6 +14,7 @@ from test_paged_attention import Batch
 
 from turboquant_kernels.decode import hopper
 from turboquant_kernels.decode import plan as decode_plan
+from turboquant_kernels.decode.hopper import attend as hopper_attend
 from turboquant_kernels.decode.hopper import launch as hopper_launch
 from turboquant_kernels.decode.plan import DecodePlan, DecodeShape
 from turboquant_kernels.formats import KVFormat
@@ -156,7 +157,7 @@ def compiled():
 
 @pytest.fixture
 def machine(compiled, monkeypatch):
-    monkeypatch.setattr(hopper_launch, "decode_kernel", compiled)
+    monkeypatch.setattr(hopper_attend, "decode_kernel", compiled)
     monkeypatch.setattr(compiled, "backwards", False)
     return compiled
 

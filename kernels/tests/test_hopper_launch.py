@@ -11,8 +11,9 @@ from triton.runtime.jit import serialize_specialization_data
 
 from turboquant_kernels.codec import Codec
 from turboquant_kernels.decode import plan as decode_plan
-from turboquant_kernels.decode.hopper import HEAD_DIMS, launch_of, variants
+from turboquant_kernels.decode.hopper import HEAD_DIMS, launch_of
 from turboquant_kernels.decode.plan import DecodePlan, DecodeShape
+from turboquant_kernels.decode.variants import variants
 from turboquant_kernels.formats import COMPRESSED_FORMATS, Encoding, KVFormat
 
 PROGRAM_BYTES, MULTIPROCESSOR_BYTES, RESERVED_BYTES = 227 << 10, 228 << 10, 1 << 10
@@ -76,7 +77,11 @@ def plan_of(monkeypatch, fmt, head_dim, q_heads, batch, context, window=None):
 
 
 def test_hooks_that_watch_compilation_can_write_specializations_down():
-    for variant in variants():
+    own = [variant for variant in variants() if variant.name.startswith("decode-hopper-")]
+    assert own
+    for variant in own:
         constants = {(0,): variant.constexprs["SPEC"]}
-        written = serialize_specialization_data("", {}, constants, {}, SimpleNamespace(), "")
+        written = serialize_specialization_data(
+            "", {}, constants, {}, SimpleNamespace(), "", SimpleNamespace()
+        )
         assert json.loads(written)["constant_vals"][0][0] == variant.constexprs["SPEC"].D

@@ -8,7 +8,8 @@ from test_paged_attention import Batch
 
 from turboquant_kernels.codebook import codebook
 from turboquant_kernels.decode.plan import paged_decode
-from turboquant_kernels.decode.portable import attend_items, launch_of, variants
+from turboquant_kernels.decode.portable import attend_items, launch_of
+from turboquant_kernels.decode.variants import variants
 from turboquant_kernels.formats import COMPRESSED_FORMATS, HEAD_DIMS, PAGE_TOKENS, KVFormat
 from turboquant_kernels.queries.reference import rotate_queries
 

@@ -1,6 +1,6 @@
 """Kernel variants as data, and what each becomes on a GPU that is not at hand.
 
-A kernel module's `variants()` lists specializations of its kernels. Triton's own ptxas turns one into a
+A package's `variants()` lists specializations of its kernels. Triton's own ptxas turns one into a
 cubin for any target without a GPU, and the cuobjdump and nvdisasm beside it say how many registers it
 takes, what it spills and how many instructions it has. The tests hold these to a recorded bound, and a
 release that would not compile for some GPU fails on a laptop.
@@ -22,22 +22,22 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from turboquant_kernels.overlap import LEAST_CAPABILITY
+from turboquant_kernels.programmatic_launch import LEAST_CAPABILITY
 
-CAPABILITIES = (80, 90, 100)
-"""The compute capabilities that are compiled for, times ten: Ampere, Hopper, Blackwell."""
+SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+"""The compute capabilities that are compiled for, times ten, and the most shared memory that a program may
+have there (CUDA C++ Programming Guide, technical specifications). They are A100; L4 and L40S; H100 and H200;
+B200; RTX 50 and RTX PRO 6000."""
 
-KERNEL_MODULES = (
-    "turboquant_kernels.store.kernel",
-    "turboquant_kernels.queries.kernel",
-    "turboquant_kernels.decode.portable",
-    "turboquant_kernels.decode.hopper",
-    "turboquant_kernels.decode.schedule",
-    "turboquant_kernels.decode.merge",
-    "turboquant_kernels.prefill.expand",
-    "turboquant_kernels.prefill.attention",
+CAPABILITIES = tuple(SHARED_BYTES)
+
+VARIANT_MODULES = (
+    "turboquant_kernels.store.variants",
+    "turboquant_kernels.queries.variants",
+    "turboquant_kernels.decode.variants",
+    "turboquant_kernels.prefill.variants",
 )
-"""The modules that define kernels; each has `variants() -> Iterable[AotVariant]`."""
+"""One of each package with kernels; each has `variants() -> Iterable[AotVariant]`."""
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -54,7 +54,7 @@ class AotVariant:
     """Triton type of each run-time parameter: "*u8", "*bf16", "*i32", "i32", "i64", "fp32"."""
     constexprs: Mapping[str, Any] = field(default_factory=dict)
     """Value of each other parameter; None and 1 too where the launcher passes them and Triton specializes.
-    Not of `OVERLAP`, which follows from the target: see `overlap`."""
+    Not of `PDL`, which follows from the target: see `programmatic_launch`."""
     num_warps: int = 4
     num_stages: int = 3
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -84,9 +84,9 @@ class Compiled:
 
 
 def shipped() -> Iterator[AotVariant]:
-    """The variants of every kernel module. Raises ValueError where two have one name."""
+    """The variants of every package. Raises ValueError where two have one name."""
     seen = set()
-    for module in KERNEL_MODULES:
+    for module in VARIANT_MODULES:
         for variant in import_module(module).variants():
             if variant.name in seen:
                 raise ValueError(f"{module}: a second variant named {variant.name}")
@@ -95,12 +95,20 @@ def shipped() -> Iterator[AotVariant]:
 
 
 def compile_variant(variant: AotVariant, capability: int) -> Compiled:
-    """Compiles for sm_<capability>, without a GPU; raises as `build`."""
+    """Compiles for sm_<capability>, without a GPU.
+
+    Raises what `build` raises, and ValueError where the GPU has too little shared memory.
+    """
     begin = time.perf_counter()
     kernel = build(variant, capability)
     seconds = time.perf_counter() - begin
+    shared = kernel.metadata.shared
+    if shared > SHARED_BYTES[capability]:
+        raise ValueError(
+            f"{variant.name}: {shared} bytes of shared memory, more than {SHARED_BYTES[capability]}"
+        )
     registers, stack, instructions = _inspect(kernel.asm["cubin"])
-    return Compiled(variant.name, capability, registers, stack, kernel.metadata.shared, instructions, seconds)
+    return Compiled(variant.name, capability, registers, stack, shared, instructions, seconds)
 
 
 def build(variant: AotVariant, capability: int) -> CompiledKernel:
@@ -112,9 +120,9 @@ def build(variant: AotVariant, capability: int) -> CompiledKernel:
     names = variant.kernel.arg_names
     constexprs, options = dict(variant.constexprs), dict(variant.options)
     named = [*variant.signature, *constexprs]
-    if "OVERLAP" in names:
-        named.append("OVERLAP")
-        constexprs["OVERLAP"] = options["launch_pdl"] = capability >= LEAST_CAPABILITY
+    if "PDL" in names:
+        named.append("PDL")
+        constexprs["PDL"] = options["launch_pdl"] = capability >= LEAST_CAPABILITY
     named.sort()
     if named != sorted(names):
         wrong = sorted(set(named) ^ set(names)) or "a parameter named twice"

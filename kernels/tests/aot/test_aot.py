@@ -13,6 +13,7 @@ import pytest
 from hopper_memory import shared_bytes
 
 from turboquant_kernels.decode import hopper
+from turboquant_kernels.decode.variants import variants
 from turboquant_kernels.formats import KVFormat
 
 RESOURCES = Path(__file__).parent / "resources.py"
@@ -37,7 +38,7 @@ def test_a_named_variant_stays_within_its_bounds(name, compiled):
 @pytest.mark.parametrize("name", [name for name in BOUNDS if name.startswith("decode-hopper-")])
 def test_the_ring_of_pages_begins_the_shared_memory(name, compiled):
     """Its addresses count from there, which the compiler does not know: nothing else lives beside it."""
-    own = next(variant for variant in hopper.variants() if variant.name == name).constexprs["SPEC"]
+    own = next(variant for variant in variants() if variant.name == name).constexprs["SPEC"]
     fmt = KVFormat(own.KEY_BITS, own.VALUE_BITS, anchor=own.ANCHOR)
     launch = hopper.launch_of(fmt, own.D, own.R, short=name.endswith("-short"))
     assert compiled[name]["shared_bytes"] == shared_bytes(fmt, own.D, launch)

@@ -28,6 +28,15 @@ def double(source, target, BLOCK: gl.constexpr):
     i = gl.program_id(0) * BLOCK + gl.arange(0, BLOCK, layout=layout)
     gl.store(target + i, gl.load(source + i) * 2)
 
+@gluon.jit
+def pass_through_memory(source, target, BLOCK: gl.constexpr):
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    i = gl.arange(0, BLOCK, layout=layout)
+    memory = gl.allocate_shared_memory(gl.float32, [BLOCK], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+    memory.store(gl.load(source + i))
+    gl.barrier()
+    gl.store(target + i, memory.load(layout))
+
 @triton.jit
 def row(source, target, stride, BLOCK: tl.constexpr):
     i = tl.program_id(0) * stride + tl.arange(0, BLOCK)
@@ -40,8 +49,8 @@ def reverse(source, target, BLOCK: tl.constexpr):
     tl.store(target + i, tl.cumsum(x, reverse=True) + x)
 
 @triton.jit
-def early(source, target, OVERLAP: tl.constexpr):
-    if OVERLAP:
+def early(source, target, PDL: tl.constexpr):
+    if PDL:
         gdc_wait()
     tl.store(target, tl.load(source))
 
@@ -52,17 +61,18 @@ variants = [
     AotVariant("any stride", row, {**POINTERS, "stride": "i32"}, {"BLOCK": 1024}),
     AotVariant("aligned", row, {**POINTERS, "stride": "i32"}, {"BLOCK": 1024}, divisible=("stride",)),
     AotVariant("spills", reverse, POINTERS, {"BLOCK": 2048}, num_warps=1, options={"maxnreg": 32}),
+    AotVariant("large", pass_through_memory, POINTERS, {"BLOCK": 1 << 15}),
     AotVariant("unnamed", scale, POINTERS, {"BLOCK": 128}),
-    AotVariant("named twice", early, POINTERS, {"OVERLAP": False}),
+    AotVariant("named twice", early, POINTERS, {"PDL": False}),
 ]
 for variant in variants:
-    for capability in (80, 90, 100) if variant.name in ("triton", "gluon") else (90,):
+    for capability in (80, 89, 90, 100, 120) if variant.name in ("triton", "gluon", "large") else (90,):
         try:
             print(json.dumps(dataclasses.asdict(compile_variant(variant, capability))))
         except ValueError as error:
             print(json.dumps({"variant": variant.name, "capability": capability, "error": str(error)}))
 
-overlapping = [variant for variant in shipped() if "OVERLAP" in variant.kernel.arg_names]
+overlapping = [variant for variant in shipped() if "PDL" in variant.kernel.arg_names]
 first_of_each = {variant.kernel: variant for variant in reversed(overlapping)}
 for variant in [AotVariant("early", early, POINTERS), *first_of_each.values()]:
     for capability in (80, 90):
@@ -86,7 +96,7 @@ def compiled(tmp_path_factory):
     return {(result.variant, result.capability): result for result in results}
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", [80, 89, 90, 100, 120])
 @pytest.mark.parametrize("name", ["triton", "gluon"])
 def test_kernels_of_both_languages_compile_for_every_target(name, capability, compiled):
     result = compiled[name, capability]
@@ -98,6 +108,12 @@ def test_kernels_of_both_languages_compile_for_every_target(name, capability, co
 def test_spills_are_seen(compiled):
     assert compiled["spills", 90].spill_bytes > 50
     assert compiled["spills", 90].registers <= 32
+
+
+def test_more_shared_memory_than_a_gpu_has_is_told(compiled):
+    assert compiled["large", 90].shared_bytes == 128 << 10
+    for capability in (89, 120):
+        assert "131072 bytes of shared memory, more than 101376" in compiled["large", capability].error
 
 
 def test_multiples_of_16_are_specialized(compiled):

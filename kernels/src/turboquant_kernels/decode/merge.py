@@ -7,17 +7,13 @@ sum of values. A sink is one more token without a value. Splits are added in ord
 bit.
 """
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from turboquant_kernels.aot import AotVariant
 from turboquant_kernels.decode.logits import LOG2_E, NOTHING, SOMETHING
-from turboquant_kernels.formats import HEAD_DIMS
-from turboquant_kernels.overlap import overlaps
+from turboquant_kernels.programmatic_launch import uses_pdl
 
 
 def merge(
@@ -40,8 +36,8 @@ def merge(
     num_seqs = splits.shape[0]
     # As many splits at once as a sequence of average length has.
     at_once = min(triton.next_power_of_2(triton.cdiv(items, num_seqs)), 64)
-    overlap = overlaps(attended.device)
-    _merge_kernel[tokens, q_heads](
+    pdl = uses_pdl(attended.device)
+    merge_kernel[tokens, q_heads](
         attended,
         partial,
         stats,
@@ -56,41 +52,17 @@ def merge(
         D=head_dim,
         WIDTH=triton.next_power_of_2(head_dim),
         SPLITS=at_once,
-        OVERLAP=overlap,
+        PDL=pdl,
         num_warps=4 if at_once >= 16 else 2,
-        launch_pdl=overlap,
+        launch_pdl=pdl,
     )
 
 
-def variants() -> Iterator[AotVariant]:
-    """Every head dimension, for few and for many splits."""
-    pointers = {"attended": "*fp32", "partial": "*fp32", "stats": "*fp32", "splits": "*i32"}
-    for head_dim in HEAD_DIMS:
-        for splits in (8, 64):
-            yield AotVariant(
-                name=f"decode-merge-d{head_dim}-s{splits}",
-                kernel=_merge_kernel,
-                signature=pointers | {"unit": "fp32"},
-                constexprs={
-                    "sinks": None,
-                    "QUERY_LEN": 1,
-                    "KV_HEADS": 8,
-                    "GROUP": 4,
-                    "ROW_GROUPS": 1,
-                    "ROWS": 4,
-                    "D": head_dim,
-                    "WIDTH": triton.next_power_of_2(head_dim),
-                    "SPLITS": splits,
-                },
-                num_warps=4 if splits >= 16 else 2,
-            )
-
-
 @triton.jit
-def _merge_kernel(
+def merge_kernel(
     attended, partial, stats, splits, sinks, unit,
     QUERY_LEN: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROW_GROUPS: tl.constexpr,
-    ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr, OVERLAP: tl.constexpr,
+    ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0)
     q_head = tl.program_id(1)
@@ -106,7 +78,7 @@ def _merge_kernel(
     else:
         maximum = tl.load(sinks + q_head).to(tl.float32) * LOG2_E
         total = 1.0
-    if OVERLAP:
+    if PDL:
         gdc_wait()
         gdc_launch_dependents()
     d = tl.arange(0, WIDTH)

@@ -277,10 +277,13 @@ class DecodePlan:
         if self.path == "portable":  # its offsets are 64-bit ones always
             portable.attend_items(*arguments, **options)
         else:
+            # Here, so that Gluon, which is experimental, is imported only where it serves.
+            from turboquant_kernels.decode.hopper.attend import Merged, attend_items
+
             merged = None
             if self.counters is not None:
-                merged = hopper.Merged(out, self.splits.splits, self.counters, sinks)
-            hopper.attend_items(*arguments, **options, merged=merged, wide_offsets=wide_offsets)
+                merged = Merged(out, self.splits.splits, self.counters, sinks)
+            attend_items(*arguments, **options, merged=merged, wide_offsets=wide_offsets)
         if self.counters is None:
             unit = (hopper if self.path == "hopper" else portable).value_unit(codec)
             merge(out, self.partial, self.stats, self.splits.splits, sinks, unit)

@@ -6,17 +6,15 @@ Layers that share lengths and window share the table.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from turboquant_kernels.aot import AotVariant
 from turboquant_kernels.formats import PAGE_TOKENS
 
-_SEARCH_STEPS = 21
+SEARCH_STEPS = 21
 """Halvings of the length of a split: from a million tokens to one page."""
 
 
@@ -56,7 +54,7 @@ def fill(
     a window may put anywhere, is rounded down to one.
     """
     num_seqs = len(seq_lens)
-    _fill_kernel[(num_seqs,)](
+    fill_kernel[(num_seqs,)](
         schedule.items,
         schedule.splits,
         seq_lens,
@@ -67,35 +65,10 @@ def fill(
         PAGE=PAGE_TOKENS,
         TILE=math.lcm(tile_pages, first_multiple),
         FIRST_MULTIPLE=first_multiple,
-        STEPS=_SEARCH_STEPS,
+        STEPS=SEARCH_STEPS,
         BLOCK=triton.next_power_of_2(num_seqs),
         num_warps=4,
     )
-
-
-def variants() -> Iterator[AotVariant]:
-    """Few and many sequences."""
-    for num_seqs in (8, 512):
-        yield AotVariant(
-            name=f"decode-schedule-n{num_seqs}",
-            kernel=_fill_kernel,
-            signature={
-                "items": "*i32",
-                "splits": "*i32",
-                "seq_lens": "*i32",
-                "num_seqs": "i32",
-                "num_items": "i32",
-                "query_len": "i32",
-                "window": "i32",
-            },
-            constexprs={
-                "PAGE": PAGE_TOKENS,
-                "TILE": 8,
-                "FIRST_MULTIPLE": 1,
-                "STEPS": _SEARCH_STEPS,
-                "BLOCK": num_seqs,
-            },
-        )
 
 
 @triton.jit
@@ -106,7 +79,7 @@ def _pages(seq_len, query_len, window, PAGE: tl.constexpr, FIRST_MULTIPLE: tl.co
 
 
 @triton.jit(do_not_specialize=["num_seqs", "num_items", "query_len", "window"])
-def _fill_kernel(
+def fill_kernel(
     items, splits, seq_lens, num_seqs, num_items, query_len, window,
     PAGE: tl.constexpr, TILE: tl.constexpr, FIRST_MULTIPLE: tl.constexpr, STEPS: tl.constexpr,
     BLOCK: tl.constexpr,

@@ -4,7 +4,6 @@ A program takes a tile of tokens of one query head and keeps everything between 
 """
 
 import math
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -13,11 +12,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from turboquant_kernels.aot import AotVariant
 from turboquant_kernels.codebook import codebook
 from turboquant_kernels.codec import Codec
-from turboquant_kernels.formats import HEAD_DIMS
-from turboquant_kernels.overlap import overlaps
+from turboquant_kernels.programmatic_launch import uses_pdl
 from turboquant_kernels.queries.reference import MAX_QUERY, QuantizedQueries
 from turboquant_kernels.rotation_kernel import (
     device_signs,
@@ -29,7 +26,7 @@ from turboquant_kernels.rotation_kernel import (
     tile_rows,
 )
 
-_NUM_WARPS = 4
+NUM_WARPS = 4
 _MAX_QUERY = tl.constexpr(MAX_QUERY)
 _ROUND = tl.constexpr(1.5 * 2**23)
 """A float32 of magnitude below 2**22 plus this number is rounded to a whole one, half to even."""
@@ -53,10 +50,10 @@ def rotate_queries(codec: Codec, query: torch.Tensor, scale: float) -> Quantized
     )
     if not tokens:
         return out
-    constexprs = _specialization(head_dim)
-    overlap = overlaps(query.device)
+    constexprs = constants_of(head_dim)
+    pdl = uses_pdl(query.device)
     key_step = codebook(codec.fmt.key_code_bits, head_dim).step
-    _rotate_queries[triton.cdiv(tokens, constexprs["ROWS"]), q_heads](
+    rotate_kernel[triton.cdiv(tokens, constexprs["ROWS"]), q_heads](
         query,
         device_signs(head_dim, codec.seed, query.device),
         out.codes,
@@ -68,9 +65,9 @@ def rotate_queries(codec: Codec, query: torch.Tensor, scale: float) -> Quantized
         query.stride(0),
         query.stride(1),
         **constexprs,
-        OVERLAP=overlap,
-        num_warps=_NUM_WARPS,
-        launch_pdl=overlap,
+        PDL=pdl,
+        num_warps=NUM_WARPS,
+        launch_pdl=pdl,
     )
     return out
 
@@ -86,9 +83,9 @@ def unrotate(codec: Codec, attended: torch.Tensor, out: torch.Tensor) -> torch.T
     tokens, q_heads, head_dim = out.shape
     if not tokens:
         return out
-    constexprs = _specialization(head_dim, inverse=True)
-    overlap = overlaps(out.device)
-    _unrotate[triton.cdiv(tokens, constexprs["ROWS"]), q_heads](
+    constexprs = constants_of(head_dim, inverse=True)
+    pdl = uses_pdl(out.device)
+    unrotate_kernel[triton.cdiv(tokens, constexprs["ROWS"]), q_heads](
         attended,
         device_signs(head_dim, codec.seed, out.device),
         out,
@@ -98,63 +95,27 @@ def unrotate(codec: Codec, attended: torch.Tensor, out: torch.Tensor) -> torch.T
         out.stride(0),
         out.stride(1),
         **constexprs,
-        OVERLAP=overlap,
-        num_warps=_NUM_WARPS,
-        launch_pdl=overlap,
+        PDL=pdl,
+        num_warps=NUM_WARPS,
+        launch_pdl=pdl,
     )
     return out
 
 
-def variants() -> Iterator[AotVariant]:
-    """Every specialization that ships: all head dimensions, bf16 queries and outputs."""
-    for head_dim in HEAD_DIMS:
-        strides = ["query_token_stride", "query_head_stride"]
-        yield AotVariant(
-            name=f"rotate-queries-d{head_dim}",
-            kernel=_rotate_queries,
-            signature={
-                "query": "*bf16",
-                "signs": "*fp32",
-                "codes": "*i8",
-                "scale": "*fp32",
-                "half_sum": "*fp32",
-                "scale_factor": "fp32",
-                **dict.fromkeys(["num_tokens", "q_heads", *strides], "i32"),
-            },
-            constexprs=_specialization(head_dim),
-            num_warps=_NUM_WARPS,
-            divisible=tuple(strides),
-        )
-        strides = [f"{what}_{of}_stride" for what in ("attended", "out") for of in ("token", "head")]
-        yield AotVariant(
-            name=f"unrotate-d{head_dim}",
-            kernel=_unrotate,
-            signature={
-                "attended": "*fp32",
-                "signs": "*fp32",
-                "out": "*bf16",
-                **dict.fromkeys(["num_tokens", *strides], "i32"),
-            },
-            constexprs=_specialization(head_dim, inverse=True),
-            num_warps=_NUM_WARPS,
-            divisible=tuple(strides),
-        )
-
-
 @cache
-def _specialization(head_dim: int, inverse: bool = False) -> dict[str, Any]:
+def constants_of(head_dim: int, inverse: bool = False) -> dict[str, Any]:
     """The kernels' constexprs for a head_dim: what is compiled ahead is what runs."""
     hadamard_factors = factors(head_dim)
     return {
         "HEAD_DIM": head_dim,
         "INNER": hadamard_factors.inner,
         "NEGATIVE": hadamard_factors.negative_transposed if inverse else hadamard_factors.negative,
-        "ROWS": tile_rows(head_dim, _NUM_WARPS),
+        "ROWS": tile_rows(head_dim, NUM_WARPS),
     }
 
 
 @triton.jit(do_not_specialize=["num_tokens", "q_heads"])
-def _rotate_queries(
+def rotate_kernel(
     query,
     signs,
     codes,  # int8 [num_tokens, q_heads, 2, D]
@@ -169,10 +130,10 @@ def _rotate_queries(
     INNER: tl.constexpr,
     NEGATIVE: tl.constexpr,
     ROWS: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid: (tiles of ROWS tokens, query heads)."""
-    if OVERLAP:
+    if PDL:
         gdc_wait()  # and no `gdc_launch_dependents`: decode attention, which comes next, is launched after it
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     head = tl.program_id(1)
@@ -202,7 +163,7 @@ def _rotate_queries(
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def _unrotate(
+def unrotate_kernel(
     attended,
     signs,
     out,
@@ -215,10 +176,10 @@ def _unrotate(
     INNER: tl.constexpr,
     NEGATIVE: tl.constexpr,  # of the transposed matrix
     ROWS: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """x = diag(s) H.T y / sqrt(D). Grid: (tiles of ROWS tokens, query heads)."""
-    if OVERLAP:
+    if PDL:
         gdc_wait()
     token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)

@@ -23,7 +23,6 @@ from turboquant_kernels.formats import (
     Encoding,
     KVFormat,
 )
-from turboquant_kernels.overlap import overlaps
 from turboquant_kernels.packing import (
     KEY_RESIDUAL_NORM,
     KEY_SCALE,
@@ -36,6 +35,7 @@ from turboquant_kernels.packing import (
     pages_of,
     value_order,
 )
+from turboquant_kernels.programmatic_launch import uses_pdl
 from turboquant_kernels.rotation import device_projection
 from turboquant_kernels.rotation_kernel import (
     device_signs,
@@ -91,7 +91,7 @@ def store(
         return
     constexprs = store_constexprs(codec.fmt, codec.head_dim)
     prod = codec.fmt.encoding is Encoding.PROD
-    overlap = overlaps(key.device)
+    pdl = uses_pdl(key.device)
     grid = (triton.cdiv(num_tokens, constexprs["ROWS"]), kv_heads, 2)
     store_kernel[grid](
         key,
@@ -109,9 +109,9 @@ def store(
         value.stride(0),
         value.stride(1),
         **constexprs,
-        OVERLAP=overlap,
+        PDL=pdl,
         num_warps=NUM_WARPS,
-        launch_pdl=overlap,
+        launch_pdl=pdl,
     )
 
 
@@ -133,7 +133,7 @@ class Codes(NamedTuple):
 
 @cache
 def store_constexprs(fmt: KVFormat, head_dim: int) -> dict[str, Any]:
-    """What `store_kernel` is specialized to for a format; `OVERLAP` follows from the GPU."""
+    """What `store_kernel` is specialized to for a format; `PDL` follows from the GPU."""
     layout = page_layout(fmt, head_dim)
     hadamard = factors(head_dim)
     signs = layout.key_residual_signs
@@ -201,10 +201,10 @@ def store_kernel(
     SCALES_PER_TOKEN: tl.constexpr,
     SLOT_BYTES: tl.constexpr,
     ANCHOR: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid: (tiles of ROWS tokens, KV heads, keys and values)."""
-    if OVERLAP:
+    if PDL:
         gdc_wait()
         gdc_launch_dependents()
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)

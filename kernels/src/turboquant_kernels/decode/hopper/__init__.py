@@ -1,14 +1,8 @@
-"""Decode attention for Hopper: `launch` has what is called from outside, `kernel` says how it works."""
+"""Decode attention for Hopper: `kernel` says how it works, `attend` launches it, `launch` says what it reads.
 
-from turboquant_kernels.decode.hopper.launch import (
-    HEAD_DIMS,
-    Launch,
-    Merged,
-    attend_items,
-    launch_of,
-    supports,
-    value_unit,
-    variants,
-)
+Of the modules with Gluon in them nothing is imported here: `attend` is, where the kernel runs.
+"""
 
-__all__ = ["HEAD_DIMS", "Launch", "Merged", "attend_items", "launch_of", "supports", "value_unit", "variants"]
+from turboquant_kernels.decode.hopper.launch import HEAD_DIMS, Launch, launch_of, supports, value_unit
+
+__all__ = ["HEAD_DIMS", "Launch", "launch_of", "supports", "value_unit"]

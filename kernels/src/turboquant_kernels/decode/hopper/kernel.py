@@ -62,11 +62,11 @@ def decode_kernel(
 ):
     """Partial results of one item, R rows of one KV head; with FUSED the last of a sequence merges them.
 
-    partial, stats: as `launch.Workspace` has them. queries, query_scale, query_half_sum: those of
+    partial, stats: as `plan.DecodePlan` has them. queries, query_scale, query_half_sum: those of
     `QuantizedQueries`. kv_cache: int32 words, blocks `block_stride` words apart. block_table: int32
     [num_seqs, `block_table_stride`]. seq_lens: int32 [num_seqs]. items, splits: as `schedule.Schedule`
     has them. tables: int32 [words, 32], the words of the fragments' tables for keys, then values.
-    attended_out, counters, sinks: as `launch.Merged` has them, None without FUSED. window: positions that
+    attended_out, counters, sinks: as `attend.Merged` has them, None without FUSED. window: positions that
     a query sees, with WINDOW. soft_cap: times log2(e), with SOFT_CAP. unit: what sums of values count in.
     anchor_queries: float [tokens, q_heads, D], not rotated, anchor_scale: what their products count in a
     logit, with ANCHOR; else None, as their strides. Items then begin at multiples of `ANCHOR_PAGES`.

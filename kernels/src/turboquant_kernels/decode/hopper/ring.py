@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from turboquant_kernels.decode.hopper import launch
 from turboquant_kernels.decode.hopper.operands import basis, load_words, shared_address
 from turboquant_kernels.decode.hopper.pages import page_layout
 from turboquant_kernels.decode.hopper.values import value_chunks
 
-STAGES = gl.constexpr(2)
-"""Tiles of a warp: the one that it computes and the next. Three were slower, on an H200."""
+STAGES = gl.constexpr(launch.STAGES)
 
 _INIT = gl.constexpr(
     "{ .reg .pred p; elect.sync _|p, 0xffffffff; @p mbarrier.init.shared::cta.b64 [$1], 1;"
@@ -64,12 +64,6 @@ def _copy_text(size, evict_first):
         f" @q cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes{hint}"
         f" [$1], [$2], {size}, [$3]{policy}; mov.b32 $0, 0; }}"
     )
-
-
-@gluon.constexpr_function
-def ring_rows(warps, pages, page_words, row_bytes):
-    """Rows of the ring in shared memory."""
-    return -(-(warps * STAGES * (pages * page_words * 4 + 8)) // row_bytes)
 
 
 @gluon.constexpr_function

@@ -1,6 +1,13 @@
 """What the Hopper kernel is specialized to, as one constant."""
 
+from functools import cache
 from typing import NamedTuple
+
+from turboquant_kernels.decode.hopper.fragments import fragment, level_table
+from turboquant_kernels.decode.hopper.launch import STAGES, Launch
+from turboquant_kernels.decode.hopper.level_tables import table_words
+from turboquant_kernels.formats import PAGE_TOKENS, KVFormat
+from turboquant_kernels.packing import PLANES
 
 
 class Specialization(NamedTuple):
@@ -77,3 +84,79 @@ def blocks_of(head_dim: int, largest: int) -> tuple[int, ...]:
         min(largest, max(32, 1 << (head_dim - first - 1).bit_length()))
         for first in range(0, head_dim, largest)
     )
+
+
+def ring_rows(warps: int, pages: int, page_words: int, row_bytes: int) -> int:
+    """Rows of shared memory that the ring of tiles takes (`ring`)."""
+    return -(-(warps * STAGES * (pages * page_words * 4 + 8)) // row_bytes)
+
+
+@cache
+def specialization_of(
+    fmt: KVFormat,
+    head_dim: int,
+    launch: Launch,
+    kv_heads: int,
+    group: int,
+    query_len: int,
+    block_size: int,
+    offset_bits: int,
+    window: bool,
+    soft_cap: bool,
+    fused: bool,
+) -> Specialization:
+    """What a launch of the kernel is specialized to.
+
+    query_len, kv_heads, group (query heads of a KV head), block_size (tokens): of the batch and its cache.
+    offset_bits: 32 or 64. window, soft_cap: whether there is one. fused: whether the kernel merges splits.
+    """
+
+    def text(bits: int, words: int) -> tuple[str, str]:
+        piece = fragment(bits, words, level_table(bits, head_dim))
+        return piece.text, piece.constraints
+
+    key_blocks = blocks_of(head_dim, 128)
+    value_block = _value_block(fmt, head_dim, launch)
+    values_at = PAGE_TOKENS * head_dim * fmt.key_bits // 32
+    page_words = PAGE_TOKENS * fmt.slot_bytes(head_dim) // 4
+    return Specialization(
+        D=head_dim,
+        KEY_BITS=fmt.key_bits,
+        VALUE_BITS=fmt.value_bits,
+        PAGES_OF_BLOCK=block_size // PAGE_TOKENS,
+        OFFSET_BITS=offset_bits,
+        ANCHOR=fmt.anchor,
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        ROW_GROUPS=launch.row_groups(group * query_len),
+        WINDOW=window,
+        SOFT_CAP=soft_cap,
+        FUSED=fused,
+        R=launch.rows,
+        W=launch.num_warps,
+        P=launch.pages,
+        VALUE_BLOCK=value_block,
+        SHARED_QUERIES=launch.shared_queries,
+        EVICT_FIRST=launch.evict_first,
+        KEY_BLOCKS=key_blocks,
+        VALUE_BLOCKS=blocks_of(head_dim, value_block),
+        PIECES=1 if fmt.value_bits == 8 else 2,
+        # Each block of keys has its own number of words in a lane. Values of 3 bits take words in pairs.
+        KEY_ASM=tuple(text(fmt.key_bits, block * PLANES[fmt.key_bits][0] // 128) for block in key_blocks),
+        VALUE_ASM=text(fmt.value_bits, 2 if fmt.value_bits == 3 else 1),
+        KEY_REGISTERS=len(table_words(fmt.key_bits, head_dim)),
+        VALUE_REGISTERS=len(table_words(fmt.value_bits, head_dim)),
+        VALUES_AT=values_at,
+        SCALES_AT=page_words - PAGE_TOKENS * fmt.scale_bytes // 4,
+        PAGE_WORDS=page_words,
+        RING_ROWS=ring_rows(launch.num_warps, launch.pages, page_words, 256 * launch.rows),
+        QUERY_ROWS=len(key_blocks) if launch.shared_queries else 0,
+    )
+
+
+def _value_block(fmt: KVFormat, head_dim: int, launch: Launch) -> int:
+    """Coordinates of values that are unpacked at once: fewer where a last block, rounded up, would reach
+    beyond the page's end. Behind the last values, four tokens in each byte column, there are scales."""
+    beyond = sum(blocks_of(head_dim, launch.value_block)) - head_dim
+    fits = 4 * beyond * PLANES[fmt.value_bits][-1] // 8 <= PAGE_TOKENS * fmt.scale_bytes
+    return launch.value_block if fits else 64

@@ -9,6 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
+from turboquant_kernels.decode.hopper import launch
 from turboquant_kernels.decode.hopper.operands import (
     MOVE,
     bytes_of_words,
@@ -18,8 +19,7 @@ from turboquant_kernels.decode.hopper.operands import (
     spread,
 )
 
-WEIGHT_ONE = gl.constexpr(32512.0)
-"""Fixed-point weight of the largest token: 127 * 256, so that both halves are int8."""
+WEIGHT_ONE = gl.constexpr(float(launch.WEIGHT_ONE))
 
 _MAGIC = gl.constexpr(12582912.0)
 """1.5 * 2**23: a float32 above it holds an integer in its low bits."""

@@ -1,8 +1,7 @@
 """Launches of the portable kernel: how it is launched, what it is specialized to, and its extra operands."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -10,22 +9,16 @@ import torch
 import triton
 import triton.language as tl
 
-from turboquant_kernels.aot import AotVariant
 from turboquant_kernels.codebook import codebook
 from turboquant_kernels.codec import Codec
 from turboquant_kernels.decode.portable.kernel import attend_items_kernel
 from turboquant_kernels.formats import (
-    ANCHOR_TOKENS,
-    COMPRESSED_FORMATS,
-    HEAD_DIMS,
-    PAGE_TOKENS,
-    TIERS,
     Encoding,
     KVFormat,
 )
 from turboquant_kernels.packing import anchors_of, pages_of
 from turboquant_kernels.queries.reference import MAX_QUERY, QuantizedQueries
-from turboquant_kernels.rotation import projection_matrix
+from turboquant_kernels.rotation import device_projection
 from turboquant_kernels.unpack import level_table, page_constants
 
 MAX_ROWS = 16
@@ -127,7 +120,7 @@ def attend_items(
         query_len,
         window or 0,
         soft_cap * math.log2(math.e) if soft_cap else None,
-        **_constants(fmt, head_dim, launch, kv_heads, group, block_size),
+        **constants_of(fmt, head_dim, launch, kv_heads, group, block_size),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
         maxnreg=launch.max_registers,
@@ -140,7 +133,7 @@ def value_unit(codec: Codec) -> float:
 
 
 @cache
-def _constants(
+def constants_of(
     fmt: KVFormat, head_dim: int, launch: Launch, kv_heads: int, group: int, block_size: int
 ) -> dict[str, Any]:
     """What the kernel is specialized to."""
@@ -151,80 +144,6 @@ def _constants(
         # The interpreter's matrix product of bf16 is wrong.
         "WEIGHT": tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16,
     }
-
-
-def variants() -> Iterator[AotVariant]:
-    """Every format and head dimension for 4 rows; more rows, and what calls may ask for, for some of them."""
-    for fmt in COMPRESSED_FORMATS:
-        for head_dim in HEAD_DIMS:
-            yield _variant(fmt, head_dim, group=4)
-    for fmt in TIERS.values():
-        for group in (8, 16):
-            for head_dim in (128, 256):
-                yield _variant(fmt, head_dim, group)
-        yield _variant(fmt, 128, group=4, query_len=4)
-        yield _variant(fmt, 128, group=4, soft_cap=True)
-        yield _variant(replace(fmt, anchor=True), 128, group=4, block_size=ANCHOR_TOKENS)
-
-
-def _variant(
-    fmt: KVFormat,
-    head_dim: int,
-    group: int,
-    *,
-    query_len: int = 1,
-    soft_cap: bool = False,
-    block_size: int = PAGE_TOKENS,
-) -> AotVariant:
-    launch = launch_of(head_dim, group * query_len)
-    signature = {
-        "items": "*i32",
-        "query_codes": "*i8",
-        "query_scale": "*fp32",
-        "query_half_sum": "*fp32",
-        "cache": "*u8",
-        "block_table": "*i32",
-        "seq_lens": "*i32",
-        "key_levels": "*i8",
-        "value_levels": "*i8",
-        "partial": "*fp32",
-        "stats": "*fp32",
-        "block_stride": "i32",
-        "anchor_stride": "i32",
-        "table_stride": "i32",
-        "window": "i32",
-    }
-    optional = {
-        "projected_codes": "*i8" if fmt.encoding is Encoding.PROD else None,
-        "projected_scale": "*fp32" if fmt.encoding is Encoding.PROD else None,
-        "anchor_queries": "*bf16" if fmt.anchor else None,
-        "anchor_scale": "fp32" if fmt.anchor else None,
-        "anchors": "*bf16" if fmt.anchor else None,
-        "query_token_stride": "i32" if fmt.anchor else None,
-        "query_head_stride": "i32" if fmt.anchor else None,
-        "query_len": "i32" if query_len > 1 else None,
-        "soft_cap": "fp32" if soft_cap else None,
-    }
-    constexprs = _constants(fmt, head_dim, launch, 8, group, block_size)
-    absent: dict[str, Any] = {name: None for name, kind in optional.items() if kind is None}
-    if query_len == 1:
-        absent["query_len"] = 1
-    options = "-anchor" * fmt.anchor + "-cap" * soft_cap
-    return AotVariant(
-        name=f"decode-portable-{fmt.name.removeprefix('tq-')}-d{head_dim}-g{group}-q{query_len}{options}",
-        kernel=attend_items_kernel,
-        signature=signature | {name: kind for name, kind in optional.items() if kind is not None},
-        constexprs=constexprs | absent,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-        options={"maxnreg": launch.max_registers},
-        divisible=("block_stride",),
-    )
-
-
-@cache
-def _projection(head_dim: int, seed: int, device: torch.device) -> torch.Tensor:
-    return projection_matrix(head_dim, seed).to(device)
 
 
 def _whole(codec: Codec, queries: QuantizedQueries) -> torch.Tensor:
@@ -240,7 +159,8 @@ def _project(codec: Codec, queries: QuantizedQueries) -> tuple[torch.Tensor, tor
     A key's residual is norm * sqrt(pi / 2) / D * S.T signs (paper, algorithm 2), so its part of the logit is
     the sum of the signs times S q, times norm and that unit.
     """
-    projected = _whole(codec, queries) @ _projection(codec.head_dim, codec.seed, queries.codes.device).T
+    projection = device_projection(codec.head_dim, codec.seed, torch.float32, queries.codes.device)
+    projected = _whole(codec, queries) @ projection.T
     unit = (projected.abs().amax(-1) / MAX_QUERY).clamp_min(torch.finfo(torch.float32).tiny)
     rounded = (projected / unit[..., None]).round()
     high = ((rounded + 128) / 256).floor()

@@ -1,0 +1,232 @@
+"""What of decode attention is compiled ahead of time, for tests and to find what a new Triton makes of it."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import triton
+
+from turboquant_kernels.aot import AotVariant
+from turboquant_kernels.decode import hopper, portable
+from turboquant_kernels.decode.hopper.kernel import decode_kernel
+from turboquant_kernels.decode.hopper.specialization import specialization_of
+from turboquant_kernels.decode.merge import merge_kernel
+from turboquant_kernels.decode.portable.kernel import attend_items_kernel
+from turboquant_kernels.decode.portable.launch import constants_of
+from turboquant_kernels.decode.schedule import SEARCH_STEPS, fill_kernel
+from turboquant_kernels.formats import (
+    ANCHOR_TOKENS,
+    COMPRESSED_FORMATS,
+    HEAD_DIMS,
+    PAGE_TOKENS,
+    TIERS,
+    Encoding,
+    KVFormat,
+)
+
+
+def variants() -> Iterator[AotVariant]:
+    """Both kernels that attend, the schedule and the merge."""
+    yield from _portable_variants()
+    yield from _hopper_variants()
+    yield from _schedule_variants()
+    yield from _merge_variants()
+
+
+def _portable_variants() -> Iterator[AotVariant]:
+    """Every format and head dimension for 4 rows; more rows, and what calls may ask for, for some of them."""
+    for fmt in COMPRESSED_FORMATS:
+        for head_dim in HEAD_DIMS:
+            yield _portable_variant(fmt, head_dim, group=4)
+    for fmt in TIERS.values():
+        for group in (8, 16):
+            for head_dim in (128, 256):
+                yield _portable_variant(fmt, head_dim, group)
+        yield _portable_variant(fmt, 128, group=4, query_len=4)
+        yield _portable_variant(fmt, 128, group=4, soft_cap=True)
+        yield _portable_variant(replace(fmt, anchor=True), 128, group=4, block_size=ANCHOR_TOKENS)
+
+
+def _portable_variant(
+    fmt: KVFormat,
+    head_dim: int,
+    group: int,
+    *,
+    query_len: int = 1,
+    soft_cap: bool = False,
+    block_size: int = PAGE_TOKENS,
+) -> AotVariant:
+    launch = portable.launch_of(head_dim, group * query_len)
+    signature = {
+        "items": "*i32",
+        "query_codes": "*i8",
+        "query_scale": "*fp32",
+        "query_half_sum": "*fp32",
+        "cache": "*u8",
+        "block_table": "*i32",
+        "seq_lens": "*i32",
+        "key_levels": "*i8",
+        "value_levels": "*i8",
+        "partial": "*fp32",
+        "stats": "*fp32",
+        "block_stride": "i32",
+        "anchor_stride": "i32",
+        "table_stride": "i32",
+        "window": "i32",
+    }
+    optional = {
+        "projected_codes": "*i8" if fmt.encoding is Encoding.PROD else None,
+        "projected_scale": "*fp32" if fmt.encoding is Encoding.PROD else None,
+        "anchor_queries": "*bf16" if fmt.anchor else None,
+        "anchor_scale": "fp32" if fmt.anchor else None,
+        "anchors": "*bf16" if fmt.anchor else None,
+        "query_token_stride": "i32" if fmt.anchor else None,
+        "query_head_stride": "i32" if fmt.anchor else None,
+        "query_len": "i32" if query_len > 1 else None,
+        "soft_cap": "fp32" if soft_cap else None,
+    }
+    constexprs = constants_of(fmt, head_dim, launch, 8, group, block_size)
+    absent: dict[str, Any] = {name: None for name, kind in optional.items() if kind is None}
+    if query_len == 1:
+        absent["query_len"] = 1
+    options = "-anchor" * fmt.anchor + "-cap" * soft_cap
+    return AotVariant(
+        name=f"decode-portable-{fmt.name.removeprefix('tq-')}-d{head_dim}-g{group}-q{query_len}{options}",
+        kernel=attend_items_kernel,
+        signature=signature | {name: kind for name, kind in optional.items() if kind is not None},
+        constexprs=constexprs | absent,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        options={"maxnreg": launch.max_registers},
+        divisible=("block_stride",),
+    )
+
+
+def _hopper_variants() -> Iterator[AotVariant]:
+    """Formats of the benchmarks at every head dimension, a few others at 128, one and more rows, and with a
+    launch for few tokens of their own; with key anchors those of the benchmarks at 128, and one at every
+    head dimension; one with each option."""
+    names = ("tq-k4v4", "tq-k3v3", "tq-k8v4", "tq-k5v3", "tq-k4v2", "tq-k6v8", "tq-k2v2")
+    for head_dim in hopper.HEAD_DIMS:
+        at_128 = head_dim == 128
+        for rows in (4, 8):
+            for name in names if at_128 else names[:4]:
+                fmt = KVFormat.parse(name)
+                if hopper.supports(fmt, head_dim, 90, block_stride=16):
+                    yield _hopper_variant(fmt, head_dim, rows)
+                    short, long = (hopper.launch_of(fmt, head_dim, rows, short) for short in (True, False))
+                    if short != long:
+                        yield _hopper_variant(fmt, head_dim, rows, "short")
+            for name in names[:4] if at_128 else names[:1]:
+                yield _hopper_variant(replace(KVFormat.parse(name), anchor=True), head_dim, rows)
+    for option in ("split", "window", "cap", "sinks"):
+        yield _hopper_variant(KVFormat.parse(names[0]), 128, 4, option)
+
+
+def _hopper_variant(fmt: KVFormat, head_dim: int, rows: int, option: str = "") -> AotVariant:
+    """`option`: "split" for results that another kernel merges, "short", "window", "cap" or "sinks"."""
+    launch = hopper.launch_of(fmt, head_dim, rows, short=option == "short")
+    signature = {
+        "partial": "*fp32",
+        "stats": "*fp32",
+        "queries": "*i8",
+        "query_scale": "*fp32",
+        "query_half_sum": "*fp32",
+        "kv_cache": "*i32",
+        "block_table": "*i32",
+        "seq_lens": "*i32",
+        "items": "*i32",
+        "tables": "*i32",
+        "attended_out": "*fp32",
+        "splits": "*i32",
+        "counters": "*i32",
+        "num_seqs": "i32",
+        "unit": "fp32",
+        "block_stride": "i32",
+        "block_table_stride": "i32",
+        "query_len": "i32",
+        "window": "i32",
+        "soft_cap": "fp32",
+    }
+    strides = ["query_token_stride", "query_head_stride"]
+    anchored = {"anchor_queries": "*bf16", "anchor_scale": "fp32", **dict.fromkeys(strides, "i32")}
+    block_size = ANCHOR_TOKENS if fmt.anchor else PAGE_TOKENS
+    specialization = specialization_of(
+        fmt,
+        head_dim,
+        launch,
+        kv_heads=8,
+        group=rows,
+        query_len=1,
+        block_size=block_size,
+        offset_bits=32,
+        window=option == "window",
+        soft_cap=option == "cap",
+        fused=option != "split",
+    )
+    absent = [] if fmt.anchor else [*anchored]
+    if option == "split":
+        absent += ["attended_out", "splits", "counters"]
+    if option != "sinks":
+        absent.append("sinks")
+    present = signature | anchored | {"sinks": "*bf16"}
+    name = f"{fmt.name.removeprefix('tq-')}{'-anchor' * fmt.anchor}-d{head_dim}-r{rows}"
+    return AotVariant(
+        name=f"decode-hopper-{name}{option and '-'}{option}",
+        kernel=decode_kernel,
+        signature={argument: kind for argument, kind in present.items() if argument not in absent},
+        constexprs=dict.fromkeys(absent) | {"SPEC": specialization},
+        num_warps=launch.num_warps,
+        options={"maxnreg": launch.max_registers} if launch.max_registers else {},
+        divisible=("block_stride", "block_table_stride", *(strides if fmt.anchor else ())),
+        capabilities=(90,),
+    )
+
+
+def _schedule_variants() -> Iterator[AotVariant]:
+    """Few and many sequences."""
+    for num_seqs in (8, 512):
+        yield AotVariant(
+            name=f"decode-schedule-n{num_seqs}",
+            kernel=fill_kernel,
+            signature={
+                "items": "*i32",
+                "splits": "*i32",
+                "seq_lens": "*i32",
+                "num_seqs": "i32",
+                "num_items": "i32",
+                "query_len": "i32",
+                "window": "i32",
+            },
+            constexprs={
+                "PAGE": PAGE_TOKENS,
+                "TILE": 8,
+                "FIRST_MULTIPLE": 1,
+                "STEPS": SEARCH_STEPS,
+                "BLOCK": num_seqs,
+            },
+        )
+
+
+def _merge_variants() -> Iterator[AotVariant]:
+    """Every head dimension, for few and for many splits."""
+    pointers = {"attended": "*fp32", "partial": "*fp32", "stats": "*fp32", "splits": "*i32"}
+    for head_dim in HEAD_DIMS:
+        for splits in (8, 64):
+            yield AotVariant(
+                name=f"decode-merge-d{head_dim}-s{splits}",
+                kernel=merge_kernel,
+                signature=pointers | {"unit": "fp32"},
+                constexprs={
+                    "sinks": None,
+                    "QUERY_LEN": 1,
+                    "KV_HEADS": 8,
+                    "GROUP": 4,
+                    "ROW_GROUPS": 1,
+                    "ROWS": 4,
+                    "D": head_dim,
+                    "WIDTH": triton.next_power_of_2(head_dim),
+                    "SPLITS": splits,
+                },
+                num_warps=4 if splits >= 16 else 2,
+            )
