@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from ptx_emulator import MASK, execute, signed_bytes, words_of
+from ptx_machine.assembly import MASK, execute, signed_bytes, words_of
 
 from turboquant_kernels.codebook import codebook
 from turboquant_kernels.decode.hopper.fragments import (

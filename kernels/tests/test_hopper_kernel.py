@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hopper_ptx import MachineKernel
+from ptx_machine.hopper import MachineKernel
 from test_paged_attention import Batch
 
 from turboquant_kernels.decode import hopper

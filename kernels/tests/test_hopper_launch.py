@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hopper_memory import shared_bytes
+from ptx_machine.hopper_memory import shared_bytes
 from triton.runtime.jit import serialize_specialization_data
 
 from turboquant_kernels.codec import Codec

@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-from ptx_machine import Program
-from ptx_memory import Fault, Memory
+from ptx_machine import Fault, Memory, Program
 
 BYTES = 256
 START = """

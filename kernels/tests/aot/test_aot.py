@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hopper_memory import shared_bytes
+from ptx_machine.hopper_memory import shared_bytes
 
 from turboquant_kernels.decode import hopper
 from turboquant_kernels.decode.variants import variants

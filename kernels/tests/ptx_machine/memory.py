@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from ptx_instructions import TYPES, Operation
+
+from ptx_machine.instructions import TYPES, Operation
 
 SHARED_BASE = 0x1000
 """Where a program's shared memory begins, in the window of shared addresses."""

@@ -1,7 +1,7 @@
 """Instructions of PTX that compute: each a function of NumPy arrays, one element for each thread.
 
 `OPERATIONS` names those that occur in this project's kernels, as the PTX ISA defines them; approximations are
-exact here. Those that touch memory or decide what runs next are in `ptx_machine`.
+exact here. Those that touch memory or decide what runs next are in `program` and `memory`.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The Hopper decode kernel on the CPU: compiled as Triton would for a launch, then run by `ptx_machine`."""
+"""The Hopper decode kernel on the CPU: compiled as Triton would for a launch, then run by this machine."""
 
 import struct
 from concurrent.futures import ProcessPoolExecutor
@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 import triton
-from ptx_machine import Memory, Program
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from ptx_machine.memory import Memory
+from ptx_machine.program import Program
 from turboquant_kernels.decode.hopper.kernel import decode_kernel
 
 _TARGET = GPUTarget("cuda", 90, 32)

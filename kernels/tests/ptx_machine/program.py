@@ -1,4 +1,4 @@
-"""Runs the PTX of a kernel on the CPU: a test of what Triton compiles for a GPU that is not at hand.
+"""PTX text to instructions, and how they run.
 
 The programs of a grid (CTAs) run one after the other, the threads of one together, an instruction at a time,
 in NumPy arrays. What a GPU leaves open is at its worst here, and what it would not notice is a `Fault`:
@@ -19,8 +19,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from ptx_instructions import OPERATIONS, TYPES, Operation
-from ptx_memory import EFFECTS, SHARED_BASE, Cta, Fault, Memory
+
+from ptx_machine.instructions import OPERATIONS, TYPES, Operation
+from ptx_machine.memory import EFFECTS, SHARED_BASE, Cta, Fault, Memory
 
 _MOST_STEPS = 1_000_000
 _STATEMENT = re.compile(r"\s*(?:(\{)|(\})|([\w$]+)\s*:(?!:)|([^;]+);)")
