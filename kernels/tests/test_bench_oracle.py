@@ -26,7 +26,7 @@ def step_of(fmt=K4V4, head_dim=64, **options):
 def exact(step, query=None, **options):
     options = {"query_len": 1, **options}
     query = step.query if query is None else query
-    rotated = oracle.attended(
+    rotated = oracle.attention(
         step.codec, query, step.kv_cache, step.block_table, step.seq_lens, scale=step.scale, **options
     )
     return oracle.unrotated(step.codec, rotated)

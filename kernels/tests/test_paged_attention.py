@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from turboquant_kernels.codec import Codec
 from turboquant_kernels.decode import reference
 from turboquant_kernels.decode.reference import paged_attention
-from turboquant_kernels.decode.tiles import PIECE_TOKENS, TILE_QUERIES, tile_batch
+from turboquant_kernels.decode.tiles import CHUNK_TOKENS, TILE_QUERIES, tile_batch
 from turboquant_kernels.formats import COMPRESSED_FORMATS, HEAD_DIMS, Encoding, KVFormat
 from turboquant_kernels.packing import anchors_of
 from turboquant_kernels.rotation import projection_matrix, rotation_matrix
@@ -251,8 +251,8 @@ def test_any_ragged_batch(data, window, block_size):
     assert_matches(batch.attend(window=window), batch.oracle(window=window))
 
 
-@pytest.mark.parametrize("length", [*PIECE_TOKENS, 2048, *(n + 1 for n in PIECE_TOKENS), 2049])
-def test_contexts_that_end_at_a_piece_and_one_after(length):
+@pytest.mark.parametrize("length", [*CHUNK_TOKENS, 2048, *(n + 1 for n in CHUNK_TOKENS), 2049])
+def test_contexts_that_end_at_a_chunk_and_one_after(length):
     batch = Batch([1], [length], fmt=KVFormat(3, 3), q_heads=1, kv_heads=1)
     assert_matches(batch.attend(), batch.oracle())
 
@@ -265,7 +265,7 @@ def test_query_lengths_around_a_tile(count):
 
 @pytest.mark.parametrize("position", [320, 1500, 2999])
 def test_one_token_far_above_the_rest_is_found(position):
-    """In the first, a middle and the last piece: what was summed before it must be rescaled."""
+    """In the first, a middle and the last chunk: what was summed before it must be rescaled."""
     batch = Batch([1], [3000])
     key, value = 4 * batch.queries[0][0, ::2], batch.values[0][position]
     slot = batch.block_table[0, position // 16] * 16 + position % 16
@@ -302,10 +302,10 @@ def test_a_sequence_alone_gives_the_bits_it_gives_in_a_batch(options):
         assert torch.equal(batch.alone(i, **options), rows)
 
 
-def test_the_workspace_bound_changes_no_bit(monkeypatch):
+def test_the_bound_of_scratch_memory_changes_no_bit(monkeypatch):
     batch = Batch(**MIXED)
     expected = batch.attend()
-    monkeypatch.setattr(reference, "WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(reference, "SCRATCH_BYTES", 1)
     assert torch.equal(batch.attend(), expected)
 
 
@@ -330,7 +330,7 @@ def test_the_shape_of_a_tile_is_its_own_sequences():
     def shapes(batch):
         starts = torch.tensor([0, *(queries for queries, _ in batch)]).cumsum(0)
         tiles = tile_batch(starts, torch.tensor([tokens for _, tokens in batch]), window=None)
-        return sorted((group.width, group.piece) for group in tiles for _ in range(len(group)))
+        return sorted((group.width, group.chunk) for group in tiles for _ in range(len(group)))
 
     assert shapes(lengths) == sorted(shape for one in lengths for shape in shapes([one]))
 

@@ -397,14 +397,14 @@ def _poison(step: DecodeStep, lengths: Sequence[int]) -> None:
 
 
 def _scattered(step: DecodeStep) -> DecodeStep:
-    """The same blocks at random places of a cache of `FAR_BYTES`."""
+    """The same blocks at random indices of a cache of `FAR_BYTES`."""
     cache = step.kv_cache
     _, block_size, kv_heads, _ = cache.shape
     far = empty_cache(step.codec, FAR_BYTES // cache.stride(0), block_size, kv_heads, cache.device)
-    places = torch.randint(len(far) // len(cache), (len(cache),), device=cache.device)
-    places += torch.arange(len(cache), device=cache.device) * (len(far) // len(cache))
-    memory_of(far)[places] = memory_of(cache)
-    table = places.int()[step.block_table.long()]
+    indices = torch.randint(len(far) // len(cache), (len(cache),), device=cache.device)
+    indices += torch.arange(len(cache), device=cache.device) * (len(far) // len(cache))
+    memory_of(far)[indices] = memory_of(cache)
+    table = indices.int()[step.block_table.long()]
     return replace(step, kv_cache=far, block_table=table)
 
 

@@ -67,7 +67,7 @@ def check_decode(variant: DecodeVariant, step: DecodeStep) -> float:
     again = run()
     assert torch.equal(first, again), "a repeat gives other bits"
     sequences = asked_of(step)
-    exact = oracle.attended(
+    exact = oracle.attention(
         step.codec,
         step.query,
         step.kv_cache,
@@ -163,7 +163,7 @@ def check_prefill(
     for i, (query, result) in enumerate(zip(step.query.split(query_lens), results, strict=True)):
         if not len(query):
             continue
-        exact = oracle.attended(
+        exact = oracle.attention(
             step.codec,
             query,
             step.kv_cache,

@@ -245,13 +245,13 @@ class Benchmark:
         return next(row for row in self.rows if (row.shape, row.format) == (shape, codec.fmt.name))
 
 
-def error_of(step: DecodeStep, attended: torch.Tensor) -> float:
+def error_of(step: DecodeStep, result: torch.Tensor) -> float:
     """Relative error of some sequences' results, fp32 [num_seqs, q_heads, D] before un-rotation."""
     count = len(step.seq_lens)
     chosen = sorted(
         {round(i * (count - 1) / max(1, CHECKED_SEQUENCES - 1)) for i in range(CHECKED_SEQUENCES)}
     )
-    exact = oracle.attended(
+    exact = oracle.attention(
         step.codec,
         step.query,
         step.kv_cache,
@@ -261,7 +261,7 @@ def error_of(step: DecodeStep, attended: torch.Tensor) -> float:
         scale=step.scale,
         sequences=chosen,
     )
-    return oracle.relative_error(attended[chosen], exact)
+    return oracle.relative_error(result[chosen], exact)
 
 
 def _version(distribution: str) -> str:

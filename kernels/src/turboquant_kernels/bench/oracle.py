@@ -26,7 +26,7 @@ from turboquant_kernels.packing import (
 from turboquant_kernels.rotation import projection_matrix
 
 
-def attended(
+def attention(
     codec: Codec,
     query: torch.Tensor,
     kv_cache: torch.Tensor,
@@ -153,20 +153,20 @@ def _levels(order: CodeOrder, rows: torch.Tensor) -> torch.Tensor:
 def _codes(order: CodeOrder, rows: torch.Tensor) -> torch.Tensor:
     """Codes bit by bit: int64 [n, kv_heads, 16, D]."""
     codes = torch.zeros((), dtype=torch.int64, device=rows.device)
-    for bit, place in enumerate(_bit_places(order).to(rows.device)):
-        codes = codes | ((rows[..., place // 8].long() >> place % 8) & 1) << bit
+    for bit, index in enumerate(_bit_indices(order).to(rows.device)):
+        codes = codes | ((rows[..., index // 8].long() >> index % 8) & 1) << bit
     return codes
 
 
 @cache
-def _bit_places(order: CodeOrder) -> torch.Tensor:
+def _bit_indices(order: CodeOrder) -> torch.Tensor:
     """Where a bit of a coordinate's code stands in a token's planes, one after the other: int64 [bits, D]."""
     coordinates = torch.arange(order.head_dim)
-    places = []
+    indices = []
     for bit in range(order.bits):
         codes = torch.zeros(order.head_dim, order.head_dim, dtype=torch.uint8)
         codes[coordinates, coordinates] = 1 << bit
         packed = torch.cat(order.pack(codes), dim=-1)
         bits = packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8) & 1
-        places.append(bits.flatten(1).long().argmax(-1))
-    return torch.stack(places)
+        indices.append(bits.flatten(1).long().argmax(-1))
+    return torch.stack(indices)

@@ -17,28 +17,28 @@ from turboquant_kernels.programmatic_launch import uses_pdl
 
 
 def merge(
-    attended: torch.Tensor,
+    output: torch.Tensor,
     partial: torch.Tensor,
     stats: torch.Tensor,
     splits: torch.Tensor,
     sinks: torch.Tensor | None,
     unit: float,
 ) -> None:
-    """Fills attended, float32 [num_seqs * query_len, q_heads, D].
+    """Fills output, float32 [num_seqs * query_len, q_heads, D].
 
     partial: float32 [items, kv_heads, row_groups, rows, D]; stats: float32 [items, kv_heads, row_groups,
     rows, 2]: m and l. splits: `schedule.Schedule.splits`. `unit` is what the sums of values count in. Row i
     of a KV head's G query heads and n tokens is token i // G, head i % G. Sequences without items become
     zero.
     """
-    tokens, q_heads, head_dim = attended.shape
+    tokens, q_heads, head_dim = output.shape
     items, kv_heads, row_groups, rows, _ = partial.shape
     num_seqs = splits.shape[0]
     # As many splits at once as a sequence of average length has.
     at_once = min(triton.next_power_of_2(triton.cdiv(items, num_seqs)), 64)
-    pdl = uses_pdl(attended.device)
+    pdl = uses_pdl(output.device)
     merge_kernel[tokens, q_heads](
-        attended,
+        output,
         partial,
         stats,
         splits,
@@ -60,7 +60,7 @@ def merge(
 
 @triton.jit
 def merge_kernel(
-    attended, partial, stats, splits, sinks, unit,
+    output, partial, stats, splits, sinks, unit,
     QUERY_LEN: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROW_GROUPS: tl.constexpr,
     ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -98,4 +98,4 @@ def merge_kernel(
         result = result * decay + tl.sum(share[:, None] * a, axis=0)
         maximum = new_maximum
     result = tl.where(total == 0, 0.0, result * unit / total)
-    tl.store(attended + (token * (KV_HEADS * GROUP) + q_head) * D + d, result, mask=d < D)
+    tl.store(output + (token * (KV_HEADS * GROUP) + q_head) * D + d, result, mask=d < D)

@@ -18,7 +18,7 @@ from turboquant_kernels.decode.tiles import Tiles, tile_batch
 from turboquant_kernels.formats import ANCHOR_TOKENS, PAGE_TOKENS
 from turboquant_kernels.packing import anchors_of, pages_of
 
-WORKSPACE_BYTES = 8 << 20
+SCRATCH_BYTES = 8 << 20
 """Decompressed keys and values, and scores, that are held at a time. Larger tensors leave the caches and the
 allocator maps them anew each time: 64 MiB took 2.4 times as long (4 sequences of 2,000 tokens, 8 heads)."""
 
@@ -59,15 +59,15 @@ def paged_attention(
     if tiles is None:
         tiles = tile_batch(query_start_loc, seq_lens, window)
     rotated = codec.rotate(query) * scale
-    attended = torch.zeros_like(rotated)
+    output = torch.zeros_like(rotated)
     for same_shape in tiles:
-        at_once = max(1, WORKSPACE_BYTES // _tile_bytes(same_shape, cache.kv_heads, rotated))
+        at_once = max(1, SCRATCH_BYTES // _tile_bytes(same_shape, cache.kv_heads, rotated))
         for group in same_shape.split(at_once):
             rows, used = group.rows()
             result = _attend(cache, rotated[rows], group, window, soft_cap, sinks)
-            attended[rows[used]] = result[used]
-    attended = codec.unrotate(attended)
-    return attended.to(query.dtype) if out is None else out.copy_(attended)
+            output[rows[used]] = result[used]
+    output = codec.unrotate(output)
+    return output.to(query.dtype) if out is None else out.copy_(output)
 
 
 def _attend(
@@ -86,7 +86,7 @@ def _attend(
     query = query.view(n, width, kv_heads, group, head_dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
     query_position = (tiles.position[:, None] + torch.arange(width))[:, :, None]
 
-    # Finite, so that a piece of which a query sees nothing leaves exp(maximum - maximum) = 1.
+    # Finite, so that a chunk of which a query sees nothing leaves exp(maximum - maximum) = 1.
     maximum = query.new_full((n, kv_heads, group * width, 1), torch.finfo(torch.float32).min)
     total = torch.zeros_like(maximum)
     if sinks is not None:
@@ -95,16 +95,16 @@ def _attend(
     output = torch.zeros_like(query)
 
     context = tiles.context()
-    for offset in range(0, int(context[0]), tiles.piece):
-        # Tiles stand longest first, so those that have a piece here are the first ones.
+    for offset in range(0, int(context[0]), tiles.chunk):
+        # Tiles stand longest first, so those that have a chunk here are the first ones.
         n = int((context > offset).sum())
         first = tiles.start[:n, None] + offset
-        key, value = cache.read(tiles.sequence[:n, None], first, tiles.piece)
+        key, value = cache.read(tiles.sequence[:n, None], first, tiles.chunk)
 
         score = query[:n] @ key.mT
         if soft_cap:
             score = soft_cap * torch.tanh(score / soft_cap)
-        position = (first + torch.arange(tiles.piece))[:, None]
+        position = (first + torch.arange(tiles.chunk))[:, None]
         unseen = position > query_position[:n]
         if window is not None:
             unseen |= position <= query_position[:n] - window
@@ -144,8 +144,8 @@ class _Cache:
         block = self.block_table[sequence, entry].clamp(0, num_blocks - 1)
         page = page % pages_per_block
         # As 8-byte words, since indexing copies element by element.
-        piece = self.pages.view(torch.int64)[block, page].view(torch.uint8).transpose(1, 2)
-        key, value = self.codec.read_rotated_keys(piece), self.codec.read_rotated_values(piece)
+        encoded = self.pages.view(torch.int64)[block, page].view(torch.uint8).transpose(1, 2)
+        key, value = self.codec.read_rotated_keys(encoded), self.codec.read_rotated_values(encoded)
         if self.anchors is not None:
             anchor = self.anchors[block, page * PAGE_TOKENS // ANCHOR_TOKENS].transpose(1, 2)
             key += self.codec.rotate(anchor).unsqueeze(-2)
@@ -153,6 +153,6 @@ class _Cache:
 
 
 def _tile_bytes(tiles: Tiles, kv_heads: int, query: torch.Tensor) -> int:
-    """Workspace of one tile: float32 keys, values and scores of a piece."""
+    """Scratch memory of one tile: float32 keys, values and scores of a chunk."""
     q_heads, head_dim = query.shape[1:]
-    return 4 * tiles.piece * (2 * kv_heads * head_dim + q_heads * tiles.width)
+    return 4 * tiles.chunk * (2 * kv_heads * head_dim + q_heads * tiles.width)

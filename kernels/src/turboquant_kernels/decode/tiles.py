@@ -1,6 +1,6 @@
 """How a ragged batch is cut into equal parts that can be computed together.
 
-A tile is a few neighbouring query tokens of one sequence; its context is read in pieces of one size. Both
+A tile is a few neighbouring query tokens of one sequence; its context is read in chunks of one size. Both
 sizes follow from the tile's own sequence, never from its neighbours in the batch, so that a result does not
 depend on them: rounding differs with the shape of a matrix product.
 """
@@ -15,8 +15,8 @@ from turboquant_kernels.formats import PAGE_TOKENS
 TILE_QUERIES = (1, 16, 128)
 """Query tokens of a tile: the smallest that holds all of a sequence's, or the largest, repeated."""
 
-PIECE_TOKENS = (64, 128, 192, 256, 384, 512, 768, 1024)
-"""Context tokens of a piece: the smallest that holds a tile's context, or the largest, repeated."""
+CHUNK_TOKENS = (64, 128, 192, 256, 384, 512, 768, 1024)
+"""Context tokens of a chunk: the smallest that holds a tile's context, or the largest, repeated."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Tiles:
 
     width: int
     """Query tokens in a tile, padding included."""
-    piece: int
-    """Context tokens in a piece, padding included."""
+    chunk: int
+    """Context tokens in a chunk, padding included."""
     sequence: torch.Tensor
     first_row: torch.Tensor
     """Row of the tile's first query in the batch."""
@@ -58,7 +58,7 @@ class Tiles:
     def take(self, chosen: slice | torch.Tensor) -> "Tiles":
         """Some of the tiles, by a slice, a mask or indices."""
         fields = (self.sequence, self.first_row, self.count, self.position, self.start)
-        return Tiles(self.width, self.piece, *(field[chosen] for field in fields))
+        return Tiles(self.width, self.chunk, *(field[chosen] for field in fields))
 
 
 def tile_batch(query_start_loc: torch.Tensor, seq_lens: torch.Tensor, window: int | None) -> list[Tiles]:
@@ -78,7 +78,7 @@ def tile_batch(query_start_loc: torch.Tensor, seq_lens: torch.Tensor, window: in
     first_seen = torch.zeros_like(position) if window is None else (position - window + 1).clamp_min(0)
     tiles = Tiles(
         width=TILE_QUERIES[-1],
-        piece=PIECE_TOKENS[-1],
+        chunk=CHUNK_TOKENS[-1],
         sequence=sequence,
         first_row=query_start_loc[sequence] + skipped,
         count=torch.minimum(query_lens[sequence] - skipped, width),
@@ -86,11 +86,11 @@ def tile_batch(query_start_loc: torch.Tensor, seq_lens: torch.Tensor, window: in
         start=first_seen // PAGE_TOKENS * PAGE_TOKENS,
     )
     context = tiles.context()
-    shapes = torch.stack((width, _smallest_that_holds(context, PIECE_TOKENS)), dim=1)
+    shapes = torch.stack((width, _smallest_that_holds(context, CHUNK_TOKENS)), dim=1)
     longest_first = context.argsort(descending=True, stable=True)
     tiles, shapes = tiles.take(longest_first), shapes[longest_first]
     return [
-        replace(tiles.take((shapes == torch.tensor(shape)).all(1)), width=shape[0], piece=shape[1])
+        replace(tiles.take((shapes == torch.tensor(shape)).all(1)), width=shape[0], chunk=shape[1])
         for shape in shapes.unique(dim=0).tolist()
     ]
 

@@ -137,7 +137,7 @@ def _hopper_variant(fmt: KVFormat, head_dim: int, rows: int, option: str = "") -
         "seq_lens": "*i32",
         "items": "*i32",
         "tables": "*i32",
-        "attended_out": "*fp32",
+        "output": "*fp32",
         "splits": "*i32",
         "counters": "*i32",
         "num_seqs": "i32",
@@ -166,7 +166,7 @@ def _hopper_variant(fmt: KVFormat, head_dim: int, rows: int, option: str = "") -
     )
     absent = [] if fmt.anchor else [*anchored]
     if option == "split":
-        absent += ["attended_out", "splits", "counters"]
+        absent += ["output", "splits", "counters"]
     if option != "sinks":
         absent.append("sinks")
     present = signature | anchored | {"sinks": "*bf16"}
@@ -210,7 +210,7 @@ def _schedule_variants() -> Iterator[AotVariant]:
 
 def _merge_variants() -> Iterator[AotVariant]:
     """Every head dimension, for few and for many splits."""
-    pointers = {"attended": "*fp32", "partial": "*fp32", "stats": "*fp32", "splits": "*i32"}
+    pointers = {"output": "*fp32", "partial": "*fp32", "stats": "*fp32", "splits": "*i32"}
     for head_dim in HEAD_DIMS:
         for splits in (8, 64):
             yield AotVariant(

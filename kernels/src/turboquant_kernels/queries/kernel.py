@@ -72,13 +72,13 @@ def rotate_queries(codec: Codec, query: torch.Tensor, scale: float) -> Quantized
     return out
 
 
-def unrotate(codec: Codec, attended: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def unrotate(codec: Codec, rotated: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """Turns rotated attention output back, as `queries.reference.unrotate`.
 
-    attended: float32 [tokens, q_heads, D]; out: bf16, fp16 or fp32 of that shape, written and returned. Any
+    rotated: float32 [tokens, q_heads, D]; out: bf16, fp16 or fp32 of that shape, written and returned. Any
     strides of tokens and heads; ValueError where the coordinates of a vector are not adjacent.
     """
-    if attended.stride(-1) != 1 or out.stride(-1) != 1:
+    if rotated.stride(-1) != 1 or out.stride(-1) != 1:
         raise ValueError("the coordinates of an output vector are not adjacent in memory")
     tokens, q_heads, head_dim = out.shape
     if not tokens:
@@ -86,12 +86,12 @@ def unrotate(codec: Codec, attended: torch.Tensor, out: torch.Tensor) -> torch.T
     constexprs = constants_of(head_dim, inverse=True)
     pdl = uses_pdl(out.device)
     unrotate_kernel[triton.cdiv(tokens, constexprs["ROWS"]), q_heads](
-        attended,
+        rotated,
         device_signs(head_dim, codec.seed, out.device),
         out,
         tokens,
-        attended.stride(0),
-        attended.stride(1),
+        rotated.stride(0),
+        rotated.stride(1),
         out.stride(0),
         out.stride(1),
         **constexprs,
@@ -164,12 +164,12 @@ def rotate_kernel(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def unrotate_kernel(
-    attended,
+    rotated,
     signs,
     out,
     num_tokens,
-    attended_token_stride,
-    attended_head_stride,
+    rotated_token_stride,
+    rotated_head_stride,
     out_token_stride,
     out_head_stride,
     HEAD_DIM: tl.constexpr,
@@ -184,7 +184,7 @@ def unrotate_kernel(
     token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     valid = token < num_tokens
-    vectors = attended + token * attended_token_stride + head * attended_head_stride
+    vectors = rotated + token * rotated_token_stride + head * rotated_head_stride
     tile = load_vectors(vectors, valid, HEAD_DIM, INNER)
     signs_tile = load_signs(signs, ROWS, HEAD_DIM, INNER)
     product = hadamard_product(tile, HEAD_DIM, INNER, NEGATIVE)

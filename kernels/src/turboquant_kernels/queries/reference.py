@@ -1,8 +1,8 @@
 """Rotated queries as integers, and the un-rotation of what attention makes of them.
 
 Keys are stored rotated, so queries are rotated too: <R q, R k> = <q, k>. Values are stored rotated as well,
-and the output is turned back once for each query head. Between the two, decode multiplies integers: the level
-of a key's code is step * (c + 1/2) with c an int8, and a query is cut into two int8 halves.
+and the output is rotated back once for each query head. Between the two, decode multiplies integers: the
+level of a key's code is step * (c + 1/2) with c an int8, and a query is cut into two int8 halves.
 """
 
 import math
@@ -61,6 +61,6 @@ def rotate_queries(codec: Codec, query: torch.Tensor, scale: float) -> Quantized
     )
 
 
-def unrotate(codec: Codec, attended: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def unrotate(codec: Codec, rotated: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """Turns rotated attention output, float32 [tokens, q_heads, D], back into `out`, any float dtype."""
-    return out.copy_(codec.unrotate(attended))
+    return out.copy_(codec.unrotate(rotated))

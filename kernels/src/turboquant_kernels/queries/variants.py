@@ -27,12 +27,12 @@ def variants() -> Iterator[AotVariant]:
             num_warps=NUM_WARPS,
             divisible=tuple(strides),
         )
-        strides = [f"{what}_{of}_stride" for what in ("attended", "out") for of in ("token", "head")]
+        strides = [f"{what}_{of}_stride" for what in ("rotated", "out") for of in ("token", "head")]
         yield AotVariant(
             name=f"unrotate-d{head_dim}",
             kernel=unrotate_kernel,
             signature={
-                "attended": "*fp32",
+                "rotated": "*fp32",
                 "signs": "*fp32",
                 "out": "*bf16",
                 **dict.fromkeys(["num_tokens", *strides], "i32"),

@@ -1,7 +1,7 @@
 """Logits of key anchors: a key is what is stored plus the anchor of its 128 tokens, which is not rotated.
 
 A warp's tile has one anchor, so its logits are added where those of the tile are scaled. They are made before
-a run of tiles, for 16 anchors of each warp, which are rows of `mma.m16n8k16` of bf16, and wait in shared
+a chunk of tiles, for 16 anchors of each warp, which are rows of `mma.m16n8k16` of bf16, and wait in shared
 memory. Columns are those of the integer products: two for a row of queries, of which one holds the query
 rounded to bf16 and the other what is left of it, nothing where it is bf16.
 """
@@ -51,7 +51,7 @@ def _operand_layout(warps, index):
 
 
 @gluon.constexpr_function
-def tiles_of_run(pages):
+def tiles_of_chunk(pages):
     """Tiles of so many pages a warp that 16 anchors a warp serve."""
     return 16 * ANCHOR_PAGES.value // pages
 
@@ -67,7 +67,7 @@ def _tiles_of_anchor(warps, pages):
 
 
 @gluon.jit
-def _vectors_of_run(anchors, pages, tile, wanted, L: gl.constexpr, SPEC: gl.constexpr):
+def _anchor_pointers(anchors, pages, tile, wanted, L: gl.constexpr, SPEC: gl.constexpr):
     """Where the 16 anchors of each warp begin, from those of a tile on: pointers to bf16, [W, 16, 1].
 
     Anchors behind the end are the last one. Not `wanted`, they are any.
@@ -86,11 +86,11 @@ def _vectors_of_run(anchors, pages, tile, wanted, L: gl.constexpr, SPEC: gl.cons
 
 @gluon.jit
 def load_anchors(anchors, pages, tile, wanted, SPEC: gl.constexpr):
-    """The anchors of the run that begins at a tile, whose first page is a multiple of `ANCHOR_PAGES`: bf16
+    """The anchors of the chunk that begins at a tile, whose first page is a multiple of `ANCHOR_PAGES`: bf16
     [W, 16, 64] for every 64 coordinates; zeros if they are not wanted."""
     D: gl.constexpr = SPEC.D
     A: gl.constexpr = _operand_layout(SPEC.W, 0)
-    vector = _vectors_of_run(anchors, pages, tile, wanted, A, SPEC)
+    vector = _anchor_pointers(anchors, pages, tile, wanted, A, SPEC)
     # The second condition always holds: it gives masks the shape of what is loaded.
     wanted = wanted & (vector.to(gl.int64, bitcast=True) != 0)
     operands = ()
@@ -102,7 +102,7 @@ def load_anchors(anchors, pages, tile, wanted, SPEC: gl.constexpr):
 
 @gluon.jit
 def store_logits(memory, loaded, anchors, rows, SPEC: gl.constexpr):
-    """Makes the logits of a run of its anchors, as `load_anchors` has them."""
+    """Makes the logits of a chunk of tiles with its anchors, as `load_anchors` has them."""
     D: gl.constexpr = SPEC.D
     W: gl.constexpr = SPEC.W
     R: gl.constexpr = SPEC.R
@@ -131,7 +131,7 @@ def store_logits(memory, loaded, anchors, rows, SPEC: gl.constexpr):
 
 @gluon.jit
 def load_logits(memory, tile, ROW: gl.constexpr, SPEC: gl.constexpr):
-    """Those of the anchors of a tile of the run, each warp's own: float32 [W, R]."""
+    """Those of the anchors of a tile of the chunk, each warp's own: float32 [W, R]."""
     OF_TILE: gl.constexpr = _anchors_of_tile(SPEC.W, SPEC.P)
     L: gl.constexpr = _warp_layout(SPEC.W, OF_TILE, SPEC.R)
     logits = memory._reinterpret(gl.float32, [16 * SPEC.W // OF_TILE, OF_TILE, SPEC.R], _ROWS)

@@ -18,7 +18,7 @@ from turboquant_kernels.queries.reference import QuantizedQueries
 class Merged:
     """Where the kernel merges splits itself, and what it needs for it."""
 
-    attended: torch.Tensor
+    output: torch.Tensor
     """float32 [num_seqs * query_len, q_heads, D]: the result."""
     splits: torch.Tensor
     """`schedule.Schedule.splits`."""
@@ -46,7 +46,7 @@ def attend_items(
 ) -> None:
     """Fills the partial results of the items of a schedule; arguments are those of `portable.attend_items`.
 
-    Attended values come in units of `value_unit`. With `merged` splits are merged in the same launch.
+    Sums of values come in units of `value_unit`. With `merged` splits are merged in the same launch.
     `wide_offsets`: whether offsets in the cache have 64 bits; by default where 32 do not reach its end.
     """
     _, block_size, kv_heads, _ = kv_cache.shape
@@ -79,7 +79,7 @@ def attend_items(
         seq_lens,
         items,
         device_tables(codec.fmt, codec.head_dim, kv_cache.device),
-        merged and merged.attended,
+        merged and merged.output,
         merged and merged.splits,
         merged and merged.counters,
         merged and merged.sinks,

@@ -23,29 +23,29 @@ def share_rows(x, SPEC: gl.constexpr):
 
 
 @gluon.jit
-def share_sums(attended, half_weight, INDEX: gl.constexpr, SPEC: gl.constexpr):
-    """Puts the pieces of block INDEX of `attended`, float32 [W, M, R] in the order of the value operand, plus
+def share_sums(sums, half_weight, INDEX: gl.constexpr, SPEC: gl.constexpr):
+    """Puts the parts of block INDEX of `sums`, float32 [W, M, R] in the order of the value operand, plus
     `half_weight` [W, R], into shared memory: [W, R, coordinates], in order."""
     W: gl.constexpr = SPEC.W
     R: gl.constexpr = SPEC.R
     BITS: gl.constexpr = SPEC.VALUE_BITS
     BLOCK: gl.constexpr = SPEC.VALUE_BLOCKS[INDEX]
-    PIECES: gl.constexpr = SPEC.PIECES
-    pieces = ()
-    for piece in gl.static_range(PIECES):
-        pieces = pieces + (attended[PIECES * INDEX + piece],)
-    half = gl.convert_layout(half_weight, gl.SliceLayout(1, pieces[0].type.layout), assert_trivial=True)
+    PARTS: gl.constexpr = SPEC.PARTS
+    parts = ()
+    for part in gl.static_range(PARTS):
+        parts = parts + (sums[PARTS * INDEX + part],)
+    half = gl.convert_layout(half_weight, gl.SliceLayout(1, parts[0].type.layout), assert_trivial=True)
     half = half[:, None, :]
     if BITS == 8:
         C: gl.constexpr = value_chunks(8, BLOCK)
-        x = gl.reshape(pieces[0] + half, [W, C[0], C[1], 8, R])
+        x = gl.reshape(parts[0] + half, [W, C[0], C[1], 8, R])
         x = gl.permute(x, [0, 4, 1, 3, 2])
     elif BITS == 4:
         C: gl.constexpr = value_chunks(4, BLOCK)
-        x = gl.join(pieces[0] + half, pieces[1] + half)
+        x = gl.join(parts[0] + half, parts[1] + half)
         x = gl.permute(gl.reshape(x, [W, C[0], C[1], 8, R, 2]), [0, 4, 1, 3, 2, 5])
     else:
-        x = gl.join(pieces[0] + half, pieces[1] + half)
+        x = gl.join(parts[0] + half, parts[1] + half)
         x = gl.permute(gl.reshape(x, [W, BLOCK // 32, 2, 8, R, 2]), [0, 4, 3, 1, 5, 2])
     return gl.allocate_shared_memory(gl.float32, [W, R, BLOCK], _SUMS, gl.reshape(x, [W, R, BLOCK]))
 

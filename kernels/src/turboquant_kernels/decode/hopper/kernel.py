@@ -2,7 +2,7 @@
 
 Each warp owns whole tokens. A tile of 16 to 64 tokens goes
 
-    pages -> ring in shared memory -> int8 operands -> logits -> weights -> int8 operands -> attended
+    pages -> ring in shared memory -> int8 operands -> logits -> weights -> int8 operands -> sums
 
 without barriers between warps (`tile`); those of a program are merged once, at its end (`epilogue`). What
 makes it fast (measured in docs/benchmarks.md):
@@ -20,14 +20,14 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from turboquant_kernels.decode.hopper.anchors import Anchors, load_anchors, store_logits, tiles_of_run
+from turboquant_kernels.decode.hopper.anchors import Anchors, load_anchors, store_logits, tiles_of_chunk
 from turboquant_kernels.decode.hopper.epilogue import merge_warps, share_rows, share_sums
 from turboquant_kernels.decode.hopper.merge import merge_splits, store_alone, store_split, store_zeros
 from turboquant_kernels.decode.hopper.operands import load_table
 from turboquant_kernels.decode.hopper.pages import Pages, find_tile, pointers_of
 from turboquant_kernels.decode.hopper.queries import Rows, load_queries
 from turboquant_kernels.decode.hopper.ring import STAGES, fill, make_ring, tile_at, wait
-from turboquant_kernels.decode.hopper.tile import Limits, Tables, attend_tile, no_logits, nothing_attended
+from turboquant_kernels.decode.hopper.tile import Limits, Tables, attend_tile, empty_state, no_logits
 from turboquant_kernels.decode.hopper.values import WEIGHT_ONE
 
 
@@ -43,7 +43,7 @@ def decode_kernel(
     seq_lens,
     items,
     tables,
-    attended_out,
+    output,
     splits,
     counters,
     sinks,
@@ -66,7 +66,7 @@ def decode_kernel(
     `QuantizedQueries`. kv_cache: int32 words, blocks `block_stride` words apart. block_table: int32
     [num_seqs, `block_table_stride`]. seq_lens: int32 [num_seqs]. items, splits: as `schedule.Schedule`
     has them. tables: int32 [words, 32], the words of the fragments' tables for keys, then values.
-    attended_out, counters, sinks: as `attend.Merged` has them, None without FUSED. window: positions that
+    output, counters, sinks: as `attend.Merged` has them, None without FUSED. window: positions that
     a query sees, with WINDOW. soft_cap: times log2(e), with SOFT_CAP. unit: what sums of values count in.
     anchor_queries: float [tokens, q_heads, D], not rotated, anchor_scale: what their products count in a
     logit, with ANCHOR; else None, as their strides. Items then begin at multiples of `ANCHOR_PAGES`.
@@ -82,7 +82,7 @@ def decode_kernel(
     if SPEC.FUSED:
         # A sequence without tokens has no item: its zeros come from the item of its number.
         if gl.load(splits + 2 * item + 1, mask=item < num_seqs, other=1) == 0:
-            store_zeros(attended_out, Rows(first_row, total_rows, item * query_len, head * SPEC.GROUP), SPEC)
+            store_zeros(output, Rows(first_row, total_rows, item * query_len, head * SPEC.GROUP), SPEC)
     if first_page >= end_page:
         return
     seq_len = gl.load(seq_lens + sequence)
@@ -115,36 +115,34 @@ def decode_kernel(
     key_table = load_table(tables, SPEC.KEY_REGISTERS, SPEC)
     levels = Tables(key_table, load_table(tables + 32 * SPEC.KEY_REGISTERS, SPEC.VALUE_REGISTERS, SPEC))
     limits = Limits(before + 1, window, soft_cap)
-    attended = nothing_attended(SPEC)
+    state = empty_state(SPEC)
     if SPEC.ANCHOR:
         # A loop within a loop: a branch in the loop over tiles costs it registers.
         logits = memory.index(LOGIT_ROW)
-        RUN: gl.constexpr = tiles_of_run(SPEC.P)
-        gl.static_assert(RUN % (2 * STAGES) == 0)
-        for first in range(0, tiles, RUN):
+        CHUNK: gl.constexpr = tiles_of_chunk(SPEC.P)
+        gl.static_assert(CHUNK % (2 * STAGES) == 0)
+        for first in range(0, tiles, CHUNK):
             store_logits(logits, vectors, anchors, rows, SPEC)
-            end = gl.minimum(first + RUN, tiles)
-            attended = _attend_tiles(
-                attended, first, end, tiles, pages, ring, logits, own, levels, limits, SPEC
-            )
+            end = gl.minimum(first + CHUNK, tiles)
+            state = _attend_tiles(state, first, end, tiles, pages, ring, logits, own, levels, limits, SPEC)
             vectors = load_anchors(anchors, pages, end, end < tiles, SPEC)
             # All warps have done with the logits.
             gl.barrier()
     else:
-        attended = _attend_tiles(attended, 0, tiles, tiles, pages, ring, memory, own, levels, limits, SPEC)
+        state = _attend_tiles(state, 0, tiles, tiles, pages, ring, memory, own, levels, limits, SPEC)
     memory._keep_alive()
     if not SPEC.FUSED:
         gdc_launch_dependents()  # `decode.merge` comes while this ends
     # What follows uses the ring's memory, from which other warps may still read.
     gl.barrier()
 
-    total = gl.convert_layout(gl.sum(attended.total, axis=1), ROW)
-    half_weight = gl.convert_layout(gl.sum(attended.scaled, axis=1), ROW) * (0.5 * WEIGHT_ONE)  # of c + 1/2
-    references = share_rows(attended.reference, SPEC)
+    total = gl.convert_layout(gl.sum(state.total, axis=1), ROW)
+    half_weight = gl.convert_layout(gl.sum(state.scaled, axis=1), ROW) * (0.5 * WEIGHT_ONE)  # of c + 1/2
+    references = share_rows(state.reference, SPEC)
     totals = share_rows(total, SPEC)
     blocks = ()
     for i in gl.static_range(len(SPEC.VALUE_BLOCKS)):
-        blocks = blocks + (share_sums(attended.sums, half_weight, i, SPEC),)
+        blocks = blocks + (share_sums(state.sums, half_weight, i, SPEC),)
     for i in gl.static_range(len(SPEC.VALUE_BLOCKS)):
         x, reference, weights = merge_warps(blocks[i], references, totals, i, SPEC)
         d = (
@@ -153,7 +151,7 @@ def decode_kernel(
         )
         if SPEC.FUSED:
             if count == 1:
-                store_alone(attended_out, sinks, unit, rows, d, x, reference, weights, SPEC)
+                store_alone(output, sinks, unit, rows, d, x, reference, weights, SPEC)
             else:
                 store_split(partial, stats, d, x, reference, weights, i == 0, SPEC)
         else:
@@ -167,15 +165,15 @@ def decode_kernel(
         if arrived == count - 1:
             gl.barrier()
             first = gl.load(splits + 2 * sequence)
-            merge_splits(attended_out, partial, stats, sinks, unit, rows, first, count, SPEC)
+            merge_splits(output, partial, stats, sinks, unit, rows, first, count, SPEC)
             gl.store(counter, 0)
 
 
 @gluon.jit
 def _attend_tiles(
-    attended, first, end, tiles, pages, ring, anchor_logits, queries, tables, limits, SPEC: gl.constexpr
+    state, first, end, tiles, pages, ring, anchor_logits, queries, tables, limits, SPEC: gl.constexpr
 ):
-    """`attended` and tiles `first` to `end` of the item's; `first` is a multiple of 2 * STAGES."""
+    """A `SoftmaxState` and tiles `first` to `end` of the item's; `first` is a multiple of 2 * STAGES."""
     stage = 0
     parity = 0
     for tile in range(first, end):
@@ -184,12 +182,12 @@ def _attend_tiles(
         wait(ring, stage, parity)
         position = pages.first * 16 + tile * (SPEC.W * SPEC.P * 16)
         ready = tile_at(ring, stage, SPEC)
-        attended = attend_tile(
-            attended, ready, position, anchor_logits, tile - first, queries, tables, limits, SPEC
+        state = attend_tile(
+            state, ready, position, anchor_logits, tile - first, queries, tables, limits, SPEC
         )
         fill(ring, stage, pointers_of(pages, found, SPEC), tile + STAGES < tiles, SPEC)
         stage += 1
         if stage == STAGES:
             stage = 0
             parity = 1 - parity
-    return attended
+    return state

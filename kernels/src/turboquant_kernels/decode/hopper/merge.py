@@ -7,7 +7,7 @@ query head. Splits are added in order, whoever comes last, so results repeat to 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from turboquant_kernels.decode.hopper.queries import place_of
+from turboquant_kernels.decode.hopper.queries import query_index
 from turboquant_kernels.decode.logits import LOG2_E, NOTHING, SOMETHING
 
 _ELEMENTS = gl.constexpr(512)
@@ -21,7 +21,7 @@ def _layout(warps):
 
 
 @gluon.jit
-def merge_splits(attended, partial, stats, sinks, unit, rows, first, count, SPEC: gl.constexpr):
+def merge_splits(output, partial, stats, sinks, unit, rows, first, count, SPEC: gl.constexpr):
     """Writes a program's rows of a sequence's `count` splits, items `first` and up.
 
     The larger of the splits' references is one too: sums relative to it are no larger than a split's own.
@@ -34,7 +34,7 @@ def merge_splits(attended, partial, stats, sinks, unit, rows, first, count, SPEC
         e = start + gl.arange(0, _ELEMENTS, gl.SliceLayout(0, L))
         row = rows.first + e // D
         used = (e < R * D) & (row < rows.total)
-        out = place_of(rows, row, SPEC) * D + e % D
+        out = query_index(rows, row, SPEC) * D + e % D
         if sinks is None:
             maximum = gl.full([_ELEMENTS], NOTHING, gl.float32, gl.SliceLayout(0, L))
             total = gl.full([_ELEMENTS], 0.0, gl.float32, gl.SliceLayout(0, L))
@@ -59,11 +59,11 @@ def merge_splits(attended, partial, stats, sinks, unit, rows, first, count, SPEC
             result = result * decay + gl.sum(share * a, axis=0)
             maximum = new_maximum
         result = gl.where(total == 0.0, 0.0, result * unit / total)
-        gl.store(attended + out, result, mask=used)
+        gl.store(output + out, result, mask=used)
 
 
 @gluon.jit
-def store_zeros(attended, rows, SPEC: gl.constexpr):
+def store_zeros(output, rows, SPEC: gl.constexpr):
     """Writes zeros where `merge_splits` would write: the result of a sequence without tokens."""
     D: gl.constexpr = SPEC.D
     R: gl.constexpr = SPEC.R
@@ -73,11 +73,11 @@ def store_zeros(attended, rows, SPEC: gl.constexpr):
         row = rows.first + e // D
         used = (e < R * D) & (row < rows.total)
         zeros = gl.full([_ELEMENTS], 0.0, gl.float32, L)
-        gl.store(attended + (place_of(rows, row, SPEC) * D + e % D), zeros, mask=used)
+        gl.store(output + (query_index(rows, row, SPEC) * D + e % D), zeros, mask=used)
 
 
 @gluon.jit
-def store_alone(attended, sinks, unit, rows, d, x, reference, total, SPEC: gl.constexpr):
+def store_alone(output, sinks, unit, rows, d, x, reference, total, SPEC: gl.constexpr):
     """Writes what `merge_splits` would write of a sequence's only split.
 
     x, reference, total: float32 [R, N], [R], [R], x of the coordinates d, [1, N].
@@ -95,8 +95,8 @@ def store_alone(attended, sinks, unit, rows, d, x, reference, total, SPEC: gl.co
         share = gl.where(reference > SOMETHING, gl.exp2(reference - highest), 0.0)
         total = total * share + gl.exp2(sink - highest)
     result = gl.where((total == 0.0)[:, None], 0.0, x * (share * unit / total)[:, None])
-    out = place_of(rows, row, SPEC) * SPEC.D
-    gl.store(attended + out[:, None] + d, result, mask=used[:, None] & (d < SPEC.D))
+    out = query_index(rows, row, SPEC) * SPEC.D
+    gl.store(output + out[:, None] + d, result, mask=used[:, None] & (d < SPEC.D))
 
 
 @gluon.jit

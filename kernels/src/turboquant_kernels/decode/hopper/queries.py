@@ -42,7 +42,7 @@ class Queries(NamedTuple):
 
 
 @gluon.jit
-def place_of(rows, row, SPEC: gl.constexpr):
+def query_index(rows, row, SPEC: gl.constexpr):
     """Where a row's query stands among [tokens, query heads]."""
     return (
         (rows.token + row // SPEC.GROUP) * (SPEC.KV_HEADS * SPEC.GROUP) + rows.query_head + row % SPEC.GROUP
@@ -61,7 +61,7 @@ def load_queries(codes, scale, half_sum, rows, before, memory, L: gl.constexpr, 
     # Zeros that give a tensor its dimension of warps, each of which holds a copy.
     no_warp = (gl.arange(0, SPEC.W, gl.SliceLayout(1, L)) * 0)[:, None]
     there = (row < rows.total)[None, :] & (no_warp == 0)
-    at = place_of(rows, row, SPEC)[None, :] + no_warp
+    at = query_index(rows, row, SPEC)[None, :] + no_warp
     row_scale = gl.load(scale + at, mask=there, other=0.0)
     row_half_sum = gl.load(half_sum + at, mask=there, other=0.0) * row_scale
     last = (before + row // SPEC.GROUP)[None, :] + no_warp
@@ -73,7 +73,7 @@ def _load_operands(codes, rows, memory, SPEC: gl.constexpr):
     B: gl.constexpr = operand_layout(SPEC.W, 1)
     column = gl.arange(0, 2 * SPEC.R, gl.SliceLayout(0, gl.SliceLayout(1, B)))[None, None, :]
     row = rows.first + column // 2
-    at = (place_of(rows, row, SPEC) * 2 + column % 2) * SPEC.D
+    at = (query_index(rows, row, SPEC) * 2 + column % 2) * SPEC.D
     no_warp = gl.arange(0, SPEC.W, gl.SliceLayout(1, gl.SliceLayout(2, B)))[:, None, None] * 0
     operands = ()
     used = row < rows.total

@@ -54,7 +54,7 @@ class Specialization(NamedTuple):
     KEY_BLOCKS: tuple[int, ...]
     """Coordinates of keys that are contracted at once: `blocks_of` D."""
     VALUE_BLOCKS: tuple[int, ...]
-    PIECES: int
+    PARTS: int
     """Operands that a block of values is: each has the coordinates of one half (`values`)."""
     KEY_ASM: tuple[tuple[str, str], ...]
     """For each block, its fragment's text and constraints (`fragments`)."""
@@ -75,7 +75,7 @@ class Specialization(NamedTuple):
 
 
 def blocks_of(head_dim: int, largest: int) -> tuple[int, ...]:
-    """Pieces of a vector that are read at once: `largest` coordinates, the last one maybe fewer.
+    """Blocks of a vector that are read at once: `largest` coordinates, the last one maybe fewer.
 
     Of 80 and 96 the last one is rounded up to a power of two, at least 32: what stands in place of
     coordinates that a vector does not have meets zeros of a query, or is not stored.
@@ -112,8 +112,8 @@ def specialization_of(
     """
 
     def text(bits: int, words: int) -> tuple[str, str]:
-        piece = fragment(bits, words, level_table(bits, head_dim))
-        return piece.text, piece.constraints
+        made = fragment(bits, words, level_table(bits, head_dim))
+        return made.text, made.constraints
 
     key_blocks = blocks_of(head_dim, 128)
     value_block = _value_block(fmt, head_dim, launch)
@@ -140,7 +140,7 @@ def specialization_of(
         EVICT_FIRST=launch.evict_first,
         KEY_BLOCKS=key_blocks,
         VALUE_BLOCKS=blocks_of(head_dim, value_block),
-        PIECES=1 if fmt.value_bits == 8 else 2,
+        PARTS=1 if fmt.value_bits == 8 else 2,
         # Each block of keys has its own number of words in a lane. Values of 3 bits take words in pairs.
         KEY_ASM=tuple(text(fmt.key_bits, block * PLANES[fmt.key_bits][0] // 128) for block in key_blocks),
         VALUE_ASM=text(fmt.value_bits, 2 if fmt.value_bits == 3 else 1),

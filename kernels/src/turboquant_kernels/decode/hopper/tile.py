@@ -33,7 +33,7 @@ of a sequence of 2**24 tokens add up to less than 2**104."""
 _LOG2 = gl.constexpr("lg2.approx.ftz.f32 $0, $1;")
 
 
-class Attended(NamedTuple):
+class SoftmaxState(NamedTuple):
     """What each warp knows of the tokens that it has read."""
 
     maximum: Any
@@ -76,19 +76,19 @@ def no_logits(SPEC: gl.constexpr):
 
 
 @gluon.jit
-def nothing_attended(SPEC: gl.constexpr):
-    """`Attended` of no tokens."""
+def empty_state(SPEC: gl.constexpr):
+    """`SoftmaxState` of no tokens."""
     S: gl.constexpr = no_logits(SPEC).type.layout
     maximum = gl.full([SPEC.W, SPEC.R], NOTHING, gl.float32, gl.SliceLayout(1, S))
     zeros = _sum_of_lanes(no_logits(SPEC), SPEC)
-    return Attended(maximum, maximum, zeros, zeros, no_sums(SPEC))
+    return SoftmaxState(maximum, maximum, zeros, zeros, no_sums(SPEC))
 
 
 @gluon.jit
-def attend_tile(attended, tile, position, anchor_logits, index, queries, tables, limits, SPEC: gl.constexpr):
-    """`attended` and a tile that has come to the addresses `tile`, whose first token has this position.
+def attend_tile(state, tile, position, anchor_logits, index, queries, tables, limits, SPEC: gl.constexpr):
+    """A state and a tile that has come to the addresses `tile`, whose first token has this position.
 
-    anchor_logits: what `anchors.store_logits` wrote, with ANCHOR; the tile is number `index` of the run.
+    anchor_logits: what `anchors.store_logits` wrote, with ANCHOR; the tile is number `index` of its chunk.
     """
     s = _products(tile, queries, tables.of_keys, SPEC)
     S: gl.constexpr = s.type.layout
@@ -113,16 +113,16 @@ def attend_tile(attended, tile, position, anchor_logits, index, queries, tables,
     # A tile of which a row sees nothing: before others all is `NOTHING`, and what weights of 1 sum up here is
     # multiplied by 0 once the row sees a token; after others the reference falls, and weights are 0.
     of_tile = gl.max(weighted, axis=1)
-    maximum = gl.maximum(attended.maximum, of_tile)
+    maximum = gl.maximum(state.maximum, of_tile)
     reference = gl.maximum(of_tile, maximum - _REACH)
-    decay = gl.exp2(attended.reference - reference)
+    decay = gl.exp2(state.reference - reference)
     p = gl.exp2(weighted - reference[:, None, :])
-    lane_decay = gl.convert_layout(decay, gl.SliceLayout(1, attended.total.type.layout), assert_trivial=True)
+    lane_decay = gl.convert_layout(decay, gl.SliceLayout(1, state.total.type.layout), assert_trivial=True)
     lane_decay = lane_decay[:, None, :]
-    total = attended.total * lane_decay + _sum_of_lanes(gl.exp2(s - reference[:, None, :]), SPEC)
-    scaled = attended.scaled * lane_decay + _sum_of_lanes(p, SPEC)
-    sums = _add_values(attended.sums, decay, tile, tables.of_values, weights_of(p, SPEC), SPEC)
-    return Attended(maximum, reference, total, scaled, sums)
+    total = state.total * lane_decay + _sum_of_lanes(gl.exp2(s - reference[:, None, :]), SPEC)
+    scaled = state.scaled * lane_decay + _sum_of_lanes(p, SPEC)
+    sums = _add_values(state.sums, decay, tile, tables.of_values, weights_of(p, SPEC), SPEC)
+    return SoftmaxState(maximum, reference, total, scaled, sums)
 
 
 @gluon.jit
@@ -156,19 +156,19 @@ def _sum_of_lanes(x, SPEC: gl.constexpr):
 @gluon.jit
 def _add_values(sums, decay, tile, registers, weights, SPEC: gl.constexpr):
     """sums * decay + the tile's values times their weights."""
-    PIECES: gl.constexpr = SPEC.PIECES
+    PARTS: gl.constexpr = SPEC.PARTS
     result = ()
     for i in gl.static_range(len(SPEC.VALUE_BLOCKS)):
         v = value_operand(load_values(tile, i, SPEC), registers, i, SPEC)
         if SPEC.R == 4:
-            # The products of both pieces first is faster where their sums take few registers.
+            # The products of both parts first is faster where their sums take few registers.
             products = ()
-            for piece in gl.static_range(PIECES):
-                products = products + (sum_values(sums[PIECES * i + piece], v, weights[piece], SPEC.W),)
-            for piece in gl.static_range(PIECES):
-                result = result + (add_sums(sums[PIECES * i + piece], decay, products[piece]),)
+            for part in gl.static_range(PARTS):
+                products = products + (sum_values(sums[PARTS * i + part], v, weights[part], SPEC.W),)
+            for part in gl.static_range(PARTS):
+                result = result + (add_sums(sums[PARTS * i + part], decay, products[part]),)
         else:
-            for piece in gl.static_range(PIECES):
-                x = sums[PIECES * i + piece]
-                result = result + (add_sums(x, decay, sum_values(x, v, weights[piece], SPEC.W)),)
+            for part in gl.static_range(PARTS):
+                x = sums[PARTS * i + part]
+                result = result + (add_sums(x, decay, sum_values(x, v, weights[part], SPEC.W)),)
     return result

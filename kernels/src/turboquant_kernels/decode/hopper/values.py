@@ -2,7 +2,7 @@
 
 Coordinates are rows, tokens are contracted. At 2 to 4 bits a register of values holds two coordinates of
 two tokens (`fragments`), so the weights come twice, with a zero after and before each, and every product
-gives half of the coordinates: one `piece` of a block.
+gives half of the coordinates: one `part` of a block.
 """
 
 from triton.experimental import gluon
@@ -134,14 +134,14 @@ def weights_of(p, SPEC: gl.constexpr):
 def _weight_operand(moved, SPEC: gl.constexpr):
     """Transposed weights, int32 [W, P * R / 4, 32, 1, 4] -> int8 [W, 16 P tokens, 2 R].
 
-    With two pieces two operands [W, 32 P, 2 R]: each token's weight followed by a zero, and after one.
+    With two parts two operands [W, 32 P, 2 R]: each token's weight followed by a zero, and after one.
     """
     W: gl.constexpr = SPEC.W
     P: gl.constexpr = SPEC.P
     R: gl.constexpr = SPEC.R
     N: gl.constexpr = R // 4
     B: gl.constexpr = operand_layout(W, 1)
-    if SPEC.PIECES == 2:
+    if SPEC.PARTS == 2:
         a, b = gl.inline_asm_elementwise(
             _LOW_WEIGHTS, "=&r,=&r,r,r,r,r", [moved], dtype=(gl.int8, gl.int8), is_pure=True, pack=4
         )
@@ -162,37 +162,37 @@ def _weight_operand(moved, SPEC: gl.constexpr):
 
 
 @gluon.jit
-def sum_values(attended, v, weights, W: gl.constexpr):
-    """v @ weights for attended, [W, M, R]: int32 [W, M, 2 R], whose columns are high and low halves.
+def sum_values(sums, v, weights, W: gl.constexpr):
+    """v @ weights for sums [W, M, R]: int32 [W, M, 2 R], whose columns are high and low halves.
 
     Integers are summed in the low bits of float32 numbers; those of the high halves count 256 each.
     """
-    high = gl.full(attended.shape, _MAGIC_HIGH_BITS, gl.int32, attended.type.layout)
-    low = gl.full(attended.shape, _MAGIC_BITS, gl.int32, attended.type.layout)
-    shape: gl.constexpr = [attended.shape[0], attended.shape[1], 2 * attended.shape[2]]
+    high = gl.full(sums.shape, _MAGIC_HIGH_BITS, gl.int32, sums.type.layout)
+    low = gl.full(sums.shape, _MAGIC_BITS, gl.int32, sums.type.layout)
+    shape: gl.constexpr = [sums.shape[0], sums.shape[1], 2 * sums.shape[2]]
     zero = gl.convert_layout(gl.reshape(gl.join(high, low), shape), product_layout(W), assert_trivial=True)
     return mma_v2(v, weights, zero)
 
 
 @gluon.jit
-def add_sums(attended, decay, sums):
-    """attended * decay + what `sum_values` summed, float32 [W, M, R]."""
-    shape: gl.constexpr = [attended.shape[0], attended.shape[1], attended.shape[2], 2]
-    high, low = gl.split(gl.reshape(sums.to(gl.float32, bitcast=True), shape))
+def add_sums(sums, decay, products):
+    """sums * decay + what `sum_values` summed, float32 [W, M, R]."""
+    shape: gl.constexpr = [sums.shape[0], sums.shape[1], sums.shape[2], 2]
+    high, low = gl.split(gl.reshape(products.to(gl.float32, bitcast=True), shape))
     decay = gl.convert_layout(decay, gl.SliceLayout(1, high.type.layout), assert_trivial=True)[:, None, :]
-    return attended * decay + ((high - (_MAGIC_HIGH + _MAGIC)) + low)
+    return sums * decay + ((high - (_MAGIC_HIGH + _MAGIC)) + low)
 
 
 @gluon.jit
 def no_sums(SPEC: gl.constexpr):
-    """Zeros as `add_sums` lays its result out: one float32 [W, M, R] for each block and piece of it."""
-    PIECES: gl.constexpr = SPEC.PIECES
+    """Zeros as `add_sums` lays its result out: one float32 [W, M, R] for each block and part of it."""
+    PARTS: gl.constexpr = SPEC.PARTS
     zeros = ()
     for i in gl.static_range(len(SPEC.VALUE_BLOCKS)):
-        for _ in gl.static_range(PIECES):
+        for _ in gl.static_range(PARTS):
             products = gl.full(
-                [SPEC.W, SPEC.VALUE_BLOCKS[i] // PIECES, 2 * SPEC.R], 0.0, gl.float32, product_layout(SPEC.W)
+                [SPEC.W, SPEC.VALUE_BLOCKS[i] // PARTS, 2 * SPEC.R], 0.0, gl.float32, product_layout(SPEC.W)
             )
-            zero, _ = gl.split(gl.reshape(products, [SPEC.W, SPEC.VALUE_BLOCKS[i] // PIECES, SPEC.R, 2]))
+            zero, _ = gl.split(gl.reshape(products, [SPEC.W, SPEC.VALUE_BLOCKS[i] // PARTS, SPEC.R, 2]))
             zeros = zeros + (zero,)
     return zeros

@@ -1,13 +1,13 @@
 """Decode attention in plain Triton: every format and head dimension on every GPU, with key anchors.
 
-    schedule -> items: splits of sequences -> [this kernel] sums over an item's tokens -> merge -> attended
+    schedule -> items: splits of sequences -> [this kernel] sums over an item's tokens -> merge -> output
 
 One program reads an item for one KV head, tile by tile, and unpacks each tile once for all its rows, the
 query heads of that KV head times the query tokens of the sequence. Tokens are the M dimension of keys'
 products and coordinates that of values', so rows need no padding beyond 4:
 
     products[token, row]  = sum_d c_key[token, d] * q[row, d]                       int8, exact int32 sums
-    attended[d, row]     += sum_token level_value[d, token] * weight[token, row]    bf16, float32 sums
+    sums[d, row]         += sum_token level_value[d, token] * weight[token, row]    bf16, float32 sums
 
 The query is a 16-bit integer in two int8 halves, the weight the sum of two bf16 numbers, each pair in
 neighbouring columns of one product. Levels are exact in bf16 (`turboquant_kernels.unpack`); scales multiply
@@ -233,14 +233,14 @@ def attend_items_kernel(
         of_high, of_low = tl.split(tl.reshape(both, (WIDTH, ROWS, 2)))
         result = result * decay[None, :] + (of_high + of_low)
 
-    place = ((item.to(tl.int64) * KV_HEADS + kv_head) * tl.num_programs(2) + row_group) * ROWS + tl.arange(
+    index = ((item.to(tl.int64) * KV_HEADS + kv_head) * tl.num_programs(2) + row_group) * ROWS + tl.arange(
         0, ROWS
     )
-    tl.store(stats + 2 * place, maximum)
-    tl.store(stats + 2 * place + 1, total)
+    tl.store(stats + 2 * index, maximum)
+    tl.store(stats + 2 * index + 1, total)
     value_coordinate = coordinate(column, VALUE_BITS, VALUE_PTX, 1, WIDTH)
     tl.store(
-        partial + place[None, :] * HEAD_DIM + value_coordinate[:, None],
+        partial + index[None, :] * HEAD_DIM + value_coordinate[:, None],
         result,
         mask=(value_coordinate < HEAD_DIM)[:, None],
     )
