@@ -516,8 +516,8 @@ MUTATIONS = [
     Mutation(
         "shape follows the longest neighbour",
         "decode/tiles.py",
-        "_smallest_that_holds(context, PIECE_TOKENS)",
-        "_smallest_that_holds(context.max().expand_as(context), PIECE_TOKENS)",
+        "_smallest_that_holds(context, CHUNK_TOKENS)",
+        "_smallest_that_holds(context.max().expand_as(context), CHUNK_TOKENS)",
         "test_paged_attention.py::test_the_shape_of_a_tile_is_its_own_sequences",
     ),
 ]
