@@ -191,7 +191,6 @@ def prefill(variant: PrefillVariant, step: DecodeStep, query_lens: list[int]) ->
         [tile.to(step.query.device) for tile in tiles],
         torch_attend_in_float32,
         scale=step.scale,
-        window=step.window,
         sinks=step.sinks,
     )
 

@@ -21,7 +21,7 @@ from cases import (
     prefill_variants,
     store_variants,
 )
-from checks import asked_of
+from checks import asked_of, check_decode, check_prefill, check_store
 from sanitize import SHARES, swept
 
 from turboquant_kernels.bench import oracle
@@ -167,3 +167,13 @@ def test_chunks_of_prefill_are_ragged_and_some_contexts_take_several_tiles():
         assert all(queries <= length for queries, length in zip(query_lens, lengths, strict=True))
         several += sum(lengths) > variant.capacity
     assert several > 3
+
+
+def test_the_checks_fit_the_kernels_as_they_are_called_now(device):
+    """One small case of each kind, in Triton's interpreter where there is no GPU."""
+    draw, device = random.Random(0), torch.device(device)
+    heavy = HEAVY[-1]
+    assert heavy.path == "portable"
+    check_decode(heavy, heavy_step(heavy, draw, device, tokens=120, num_seqs=1))
+    check_prefill(prefill_variants()[3], draw, device, budget=3000)
+    check_store(store_variants()[0], draw, device)
