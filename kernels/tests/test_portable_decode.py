@@ -36,7 +36,7 @@ def attend(batch, device, *, splits=2, window=None, soft_cap=None, sinks=None):
     """float32 [tokens, q_heads, D], un-rotated: the items' results put together in float64."""
     codec, query_len = batch.codec, batch.query_lens[0]
     group = batch.q_heads // batch.kv_heads
-    launch = launch_of(batch.head_dim, group * query_len)
+    launch = launch_of(batch.fmt, batch.head_dim, group * query_len)
     items = split(batch.seq_lens, launch.tile_tokens, splits, device)
     shape = (len(items), batch.kv_heads, launch.row_groups(group * query_len), launch.rows)
     queries = rotate_queries(codec, torch.cat(batch.queries), batch.head_dim**-0.5)

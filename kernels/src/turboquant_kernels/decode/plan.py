@@ -330,7 +330,7 @@ def paged_decode(
 def _launch_of(shape: DecodeShape, path: Path, device: torch.device) -> hopper.Launch | portable.Launch:
     codec, rows = shape.codec, shape.rows
     if path == "portable":
-        return portable.launch_of(codec.head_dim, rows)
+        return portable.launch_of(codec.fmt, codec.head_dim, rows)
     launch = hopper.launch_of(codec.fmt, codec.head_dim, rows)
     read = shape.max_blocks * shape.block_size
     if shape.window is not None:

@@ -56,7 +56,7 @@ def _portable_variant(
     soft_cap: bool = False,
     block_size: int = PAGE_TOKENS,
 ) -> AotVariant:
-    launch = portable.launch_of(head_dim, group * query_len)
+    launch = portable.launch_of(fmt, head_dim, group * query_len)
     signature = {
         "items": "*i32",
         "query_codes": "*i8",

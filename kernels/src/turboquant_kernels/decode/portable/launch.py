@@ -45,15 +45,19 @@ class Launch:
         return triton.cdiv(rows, self.rows)
 
 
-def launch_of(head_dim: int, rows: int) -> Launch:
+def launch_of(fmt: KVFormat, head_dim: int, rows: int) -> Launch:
     """The launch for `rows` rows (query heads of a KV head times query tokens).
 
-    One warp for 128 coordinates: it waits for no other, and 16 of them hide the latency of memory (H200,
-    8 x 32,768 tokens, D = 128, 4 query heads a KV head). Programs are what the registers hold.
+    One warp for 128 coordinates: it waits for no other, and 16 of them hide the latency of memory (H200, 8 x
+    32,768 tokens, D = 128, 4 query heads a KV head). Programs are what the registers hold. Formats that take
+    more steps to unpack have more registers: with 128 they spill 100 to 700 bytes (Triton 3.7, compiled and
+    not timed).
     """
     held = min(max(triton.next_power_of_2(rows), 4), MAX_ROWS)
     num_warps = 1 if head_dim <= 128 else 2
     warps_per_sm, max_registers = {4: (16, 128), 8: (12, 168), 16: (8, 255)}[held]
+    if held == 4 and (fmt.encoding is Encoding.PROD or (head_dim == 80 and fmt.key_bits in (5, 6))):
+        warps_per_sm, max_registers = 12, 168
     return Launch(
         rows=held,
         tile_tokens=32,
