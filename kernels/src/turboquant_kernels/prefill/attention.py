@@ -215,13 +215,6 @@ def _merge(
     )
 
 
-def variants():
-    """`prefill.variants.merge_variants`, where `aot` looks for them."""
-    from turboquant_kernels.prefill.variants import merge_variants
-
-    return merge_variants()
-
-
 @triton.jit(do_not_specialize=["lse_stride"])  # the number of queries, which is another in each step
 def merge_kernel(
     partial,  # float [n, q_heads, D], the last two contiguous

@@ -89,13 +89,6 @@ def expand_constexprs(fmt: KVFormat, head_dim: int, kv_heads: int, block_size: i
     }
 
 
-def variants():
-    """`prefill.variants.expand_variants`, where `aot` looks for them."""
-    from turboquant_kernels.prefill.variants import expand_variants
-
-    return expand_variants()
-
-
 @triton.jit
 def expand_kernel(
     items,  # int32 [n, 4]

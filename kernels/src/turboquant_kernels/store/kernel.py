@@ -167,13 +167,6 @@ def _codes(regions: tuple[Region, ...], order: CodeOrder) -> Codes:
     )
 
 
-def variants():
-    """`store.variants.variants`, where `aot` looks for them."""
-    from turboquant_kernels.store.variants import variants
-
-    return variants()
-
-
 @triton.jit(do_not_specialize=["num_tokens", "kv_heads"])
 def store_kernel(
     key,
