@@ -62,14 +62,19 @@ def load_vectors(vectors, valid, HEAD_DIM: tl.constexpr, INNER: tl.constexpr):
     vectors: pointers [ROWS] to first coordinates. valid: bool [ROWS].
     """
     ORDER_PADDED: tl.constexpr = triton.next_power_of_2(HEAD_DIM // INNER)
-    coordinate = tl.arange(0, ORDER_PADDED)[None, :, None] * INNER + tl.arange(0, INNER)[None, None, :]
     if ORDER_PADDED > 1:
-        # Hides that loads of several coordinates would be aligned, so that the compiler spreads the inner
-        # index over lanes and leaves the outer one to each thread. In lanes it would cost up to 20 shuffles
-        # a coordinate.
+        # Lanes should take rows and the inner index, and each thread all of the outer index, which in lanes
+        # would cost up to 20 shuffles a coordinate. The compiler fills lanes from the last dimension on, so
+        # the outer index is loaded as the first. The hint hides that loads of several coordinates are
+        # aligned, so that a thread has one inner index.
+        coordinate = tl.arange(0, ORDER_PADDED)[:, None, None] * INNER + tl.arange(0, INNER)[None, None, :]
         coordinate = tl.multiple_of(coordinate, [1, 1, 1])
-    mask = valid[:, None, None] & (coordinate < HEAD_DIM)
-    return tl.load(vectors[:, None, None] + coordinate, mask=mask, other=0.0).to(tl.float32)
+        mask = valid[None, :, None] & (coordinate < HEAD_DIM)
+        tile = tl.permute(tl.load(vectors[None, :, None] + coordinate, mask=mask, other=0.0), (1, 0, 2))
+    else:
+        coordinate = tl.arange(0, INNER)[None, None, :]
+        tile = tl.load(vectors[:, None, None] + coordinate, mask=valid[:, None, None], other=0.0)
+    return tile.to(tl.float32)
 
 
 @triton.jit
