@@ -99,7 +99,7 @@ def test_a_chunked_prefill_answers_as_a_whole_one(engine, text, lone, monkeypatc
     prompt = text[:190]
     expected = lone(prompt)
     engine.forget()
-    monkeypatch.setattr(engine.scheduler.scheduler_config, "long_prefill_token_threshold", 50)
+    monkeypatch.setattr(engine.scheduler, "max_num_scheduled_tokens", 50)
     schedule, chunks = engine.scheduler.schedule, []
 
     def record(*args):

@@ -18,7 +18,7 @@ def test_a_cache_that_is_too_small_is_told_in_the_termination_log(dummy_model, t
     termination_log.touch()
     command = [sys.executable, "-c", SERVE, str(termination_log), "--model", str(dummy_model("LLAMA"))]
     command += ["--load-format=dummy", "--enforce-eager", "--kv-cache-dtype=tq-k4v4"]
-    command += ["--kv-cache-memory-bytes=64K"]
+    command += ["--kv-cache-memory-bytes=512K"]
     environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode != 0

@@ -36,8 +36,8 @@ def test_layers_in_the_models_own_dtype_share_a_pool_with_compressed_ones(
 
 @pytest.mark.parametrize("window", [262144, 80])
 def test_windows_in_every_layer(start_engine, dummy_model, window: int) -> None:
-    """Longer than any sequence, as in Phi-3.5-mini, and shorter than the prompts."""
-    model = dummy_model("MISTRAL", weights=0, sliding_window=window)
+    """Longer than any sequence, as in Phi-3, and shorter than the prompts."""
+    model = dummy_model("PHI3", weights=0, sliding_window=window)
     engines = [start_engine(model, name, **ARGUMENTS) for name in ("tq-k8v8", "auto")]
     assert_next_to_each_other(*engines, PROMPTS, near=0.4)
 

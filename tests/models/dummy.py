@@ -30,17 +30,18 @@ LLAMA = {
 }
 """Llama's shape, small: attention over all tokens in every layer, two query heads to a KV head."""
 
-MISTRAL = LLAMA | {
-    "architectures": ["MistralForCausalLM"],
-    "model_type": "mistral",
+PHI3 = LLAMA | {
+    "architectures": ["Phi3ForCausalLM"],
+    "model_type": "phi3",
+    "hidden_size": 512,
     "num_hidden_layers": 2,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "head_dim": 96,
-    "max_position_embeddings": 131072,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "original_max_position_embeddings": 8192,
+    "pad_token_id": 0,
     "sliding_window": 262144,
 }
-"""Phi-3.5-mini's attention, small: a window in every layer that is longer than any sequence, and many KV heads."""
+"""Phi-3's shape, small: a window in every layer that is longer than any sequence."""
 
 GEMMA3 = {
     "architectures": ["Gemma3ForCausalLM"],

@@ -53,7 +53,7 @@ def test_a_chunked_prefill_answers_as_a_whole_one(engine, tokens, lone, monkeypa
     prompt = tokens(300)
     expected = lone(prompt)
     engine.forget()
-    monkeypatch.setattr(engine.scheduler.scheduler_config, "long_prefill_token_threshold", 70)
+    monkeypatch.setattr(engine.scheduler, "max_num_scheduled_tokens", 70)
     (output,) = engine.generate([prompt], MAX_TOKENS, logprobs=2)
     same_answers([output], [expected])
 
