@@ -82,5 +82,4 @@ def test_images_with_a_common_layer_load_side_by_side(demo: str, images: list[st
 
 
 def test_the_model_answers(demo: str) -> None:
-    right = ("0 degrees Celsius", "32 degrees Fahrenheit")
-    assert any(f"Water freezes at {temperature}" in demo for temperature in right)
+    assert "Paris is the capital of France" in demo
