@@ -33,6 +33,10 @@ SIGNATURES = {
     "v1/core/kv_cache_utils.py get_kv_cache_capacity": "vllm_config kv_cache_config",
     "v1/core/kv_cache_utils.py init_none_hash": "hash_fn",
     "v1/spec_decode/utils.py extend_all_queries_by_N": "common_attn_metadata N arange new_slot_mapping",
+    "v1/worker/gpu/spec_decode/speculator.py DraftModelSpeculator._build_attn_metadata": (
+        "self num_reqs batch_desc query_start_loc_np seq_lens_cpu_upper_bound step causal dcp_local_seq_lens"
+        " slot_mappings"
+    ),
     "platforms/cuda.py CudaPlatformBase.get_attn_backend_cls": (
         "cls selected_backend attn_selector_config num_heads"
     ),
@@ -70,6 +74,10 @@ IMPORTED_NAMES = {
 @cache
 def source(path: str) -> ast.Module:
     return ast.parse((VLLM / path).read_text())
+
+
+def source_of_draft_steps() -> str:
+    return (VLLM / "v1/worker/gpu/spec_decode/standalone_ar/speculator.py").read_text()
 
 
 def definition(path: str, name: str) -> ast.AST:
@@ -158,6 +166,7 @@ def test_a_draft_model_finds_its_lengths_on_the_host(adapter, monkeypatch) -> No
     from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.spec_decode import llm_base_proposer
     from vllm.v1.spec_decode.utils import extend_all_queries_by_N
+    from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator as speculator
 
     def lengths(extend):
         starts, lens = torch.tensor([0, 5, 6], dtype=torch.int32), torch.tensor([5, 9], dtype=torch.int32)
@@ -178,9 +187,29 @@ def test_a_draft_model_finds_its_lengths_on_the_host(adapter, monkeypatch) -> No
         return extended.seq_lens.tolist(), extended.seq_lens_cpu_upper_bound.tolist()
 
     monkeypatch.setattr(llm_base_proposer, "extend_all_queries_by_N", extend_all_queries_by_N)
+    monkeypatch.setattr(speculator, "_build_attn_metadata", speculator._build_attn_metadata)
     assert lengths(extend_all_queries_by_N) == ([6, 10], [5, 9]), "vLLM does it now: the patch can go"
     adapter._lengthen_drafts_on_the_host()
     assert lengths(llm_base_proposer.extend_all_queries_by_N) == ([6, 10], [6, 10])
+
+
+def test_a_draft_model_of_the_second_runner_finds_its_lengths_on_the_host(adapter, monkeypatch) -> None:
+    """Its first pass has one token more of each sequence, for which vLLM asks as for none."""
+    from vllm.v1.spec_decode import llm_base_proposer
+    from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
+
+    asked = []
+    original = llm_base_proposer.extend_all_queries_by_N
+    monkeypatch.setattr(llm_base_proposer, "extend_all_queries_by_N", original)
+    monkeypatch.setattr(
+        StandaloneARSpeculator, "_build_attn_metadata", lambda self, *, step, num_reqs: asked.append(step)
+    )
+    adapter._lengthen_drafts_on_the_host()
+    speculator = object.__new__(StandaloneARSpeculator)
+    for step in (0, 2, 3):  # the prompts, then one token each; vLLM counts the additional one from then on
+        speculator._build_attn_metadata(step=step, num_reqs=1)
+    assert asked == [1, 2, 3]
+    assert all(f"step={step}" in source_of_draft_steps() for step in ("0", "step + 1")), "the patch can go"
 
 
 @pytest.mark.parametrize(

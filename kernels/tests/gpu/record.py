@@ -17,11 +17,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as pytest has it: what other tests share
+
 import checks
 import fuzz
 import sanitize
 import sources
-import torch
 from cases import BUDGET
 
 RESULT = Path(__file__).parent / "result.json"

@@ -16,7 +16,7 @@ vLLM knows, in 12,000 characters."""
 RECENT_SECONDS = 60.0
 """Exceptions that lie further back did not end the engine: servers print one for many a bad request."""
 
-_PREFIX = re.compile(r"(\(\w+ pid=\d+\) )?(?:[A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\] ?)?")
+_PREFIX = re.compile(r"(\([\w-]+ pid=\d+\) )?(?:[A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\] ?)?")
 """What vLLM puts before each line: the process, then level, time and place where a logger wrote it."""
 
 _TRACEBACK = "Traceback (most recent call last):"

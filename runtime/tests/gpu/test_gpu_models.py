@@ -83,7 +83,9 @@ def test_layers_in_the_models_own_dtype_beside_others(start_on_gpu, dummy_model,
     skipping = start_on_gpu(model, "tq-k8v8", kv_cache_dtype_skip_layers=skipped, **arguments)
     compressed, plain = (start_on_gpu(model, cache, **arguments) for cache in ("tq-k8v8", "auto"))
     assert_next_to_each_other(skipping, plain, [tokens(700), tokens(200, 1)], near=near)
-    assert plain.capacity_tokens < skipping.capacity_tokens < compressed.capacity_tokens
+    assert plain.capacity_tokens < skipping.capacity_tokens
+    if name not in ("QWEN3_NEXT", "FALCON_H1"):  # there states take most of a request's pages
+        assert skipping.capacity_tokens < compressed.capacity_tokens
     pages = {
         spec.page_size_bytes
         for group in skipping.runner.kv_cache_config.kv_cache_groups

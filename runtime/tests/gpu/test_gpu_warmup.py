@@ -44,7 +44,7 @@ def test_no_kernel_of_ours_is_compiled_for_a_request(
     compiled."""
     # Another number of query heads in each case.
     heads = 2 + 2 * list(SPECULATION).index(speculation) + eager
-    model = dummy_model("LLAMA", num_attention_heads=heads, num_key_value_heads=1)
+    model = dummy_model("LLAMA", num_attention_heads=heads, num_key_value_heads=1, hidden_size=64 * heads)
     settings = SPECULATION[speculation]
     if speculation == "draft model":
         settings = settings | {"model": str(model)}
@@ -67,7 +67,9 @@ def test_no_kernel_of_ours_is_compiled_for_a_request_to_a_large_cache(
     start_on_gpu, dummy_model, tokens, compiled
 ) -> None:
     """A layer's tensor of 12 GiB, which the decode kernel reads with 64-bit offsets."""
-    model = dummy_model("LLAMA", num_attention_heads=12, num_key_value_heads=1, num_hidden_layers=1)
+    model = dummy_model(
+        "LLAMA", num_attention_heads=12, num_key_value_heads=1, num_hidden_layers=1, hidden_size=768
+    )
     engine = start_on_gpu(
         model, "tq-k5v4", load_format="dummy", kv_cache_memory_bytes=12 << 30, gpu_memory_utilization=0.2
     )

@@ -7,7 +7,7 @@ name when a symbol changes. With none of our formats chosen every patch calls st
 | process | patched | so that |
 |---|---|---|
 | every | `CacheConfig.cache_dtype` and its copies | `--kv-cache-dtype tq-k4v4` is a valid value |
-| worker | `extend_all_queries_by_N` of draft models | the host's lengths are those of the device |
+| worker | how both model runners lengthen a draft model's batch | the host's lengths are those of the device |
 | engine core | `init_none_hash` | a page's identity has its format, seed and plan in it |
 | engine core, front end | the engine's ready message | metrics know the capacity of an uncompressed cache |
 """
@@ -49,7 +49,7 @@ def patch_front_end() -> None:
 
 @cache
 def patch_worker() -> None:
-    """Called with the first compressed layer that is made."""
+    """Called with the first compressed layer of a worker whose engine drafts with a model."""
     _lengthen_drafts_on_the_host()
 
 
@@ -99,20 +99,28 @@ def _cache_dtype_argument(value: str) -> str:
 def _lengthen_drafts_on_the_host() -> None:
     """Keeps the host's lengths of a draft model's sequences in step with the device's.
 
-    Patched: `extend_all_queries_by_N` in `vllm.v1.spec_decode.llm_base_proposer`, by which the first model
-    runner gives a draft model one token more of each sequence than the target had. It adds them to the
-    lengths on the device, not to `seq_lens_cpu_upper_bound`, by which prompts are read.
+    Patched, one for each of vLLM's model runners: `extend_all_queries_by_N` in
+    `vllm.v1.spec_decode.llm_base_proposer` and `StandaloneARSpeculator._build_attn_metadata`. By these a
+    draft model gets one token more of each sequence than the target had. Both add it to the lengths on the
+    device, not to `seq_lens_cpu_upper_bound`, by which prompts are read.
     """
     from vllm.v1.spec_decode import llm_base_proposer
+    from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 
-    original = llm_base_proposer.extend_all_queries_by_N
+    extend = llm_base_proposer.extend_all_queries_by_N
+    build = StandaloneARSpeculator._build_attn_metadata
 
     def extend_all_queries_by_N(common_attn_metadata: Any, N: int, *args: Any, **kwargs: Any) -> Any:
-        extended = original(common_attn_metadata, N, *args, **kwargs)
+        extended = extend(common_attn_metadata, N, *args, **kwargs)
         bound = common_attn_metadata.seq_lens_cpu_upper_bound
         return extended if bound is None else extended.replace(seq_lens_cpu_upper_bound=bound + N)
 
+    def _build_attn_metadata(self: Any, *args: Any, step: int, **kwargs: Any) -> Any:
+        # Later steps, of one token each, are asked for with the number that counts the additional token.
+        return build(self, *args, step=step or self.num_extra_query_per_req, **kwargs)
+
     llm_base_proposer.extend_all_queries_by_N = extend_all_queries_by_N
+    StandaloneARSpeculator._build_attn_metadata = _build_attn_metadata
 
 
 # Engine core and front end

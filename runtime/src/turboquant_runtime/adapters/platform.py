@@ -59,11 +59,14 @@ class CompressedCaches:
             return super().get_attn_backend_cls(  # type: ignore[misc, no-any-return]
                 selected_backend, attn_selector_config=attn_selector_config, num_heads=num_heads
             )
+        from vllm.config import get_current_vllm_config_or_none
         from vllm.utils.import_utils import resolve_obj_by_qualname
 
         from turboquant_runtime.adapters.patches import patch_worker
 
-        patch_worker()
+        config = get_current_vllm_config_or_none()
+        if config is not None and config.speculative_config and config.speculative_config.uses_draft_model():
+            patch_worker()
         reasons = resolve_obj_by_qualname(cls.compressed_backend).validate_configuration(
             device_capability=cls.get_device_capability(),  # type: ignore[attr-defined]
             **attn_selector_config._asdict(),
