@@ -7,7 +7,7 @@ name when a symbol changes. With none of our formats chosen every patch calls st
 | process | patched | so that |
 |---|---|---|
 | every | `CacheConfig.cache_dtype` and its copies | `--kv-cache-dtype tq-k4v4` is a valid value |
-| worker | how both model runners lengthen a draft model's batch | the host's lengths are those of the device |
+| worker | how model runners lengthen a draft model's batch | the host's lengths are those of the device |
 | engine core | `init_none_hash` | a page's identity has its format, seed and plan in it |
 | engine core, front end | the engine's ready message | metrics know the capacity of an uncompressed cache |
 """
