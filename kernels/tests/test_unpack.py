@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ptx_emulator import execute, signed_bytes, words_of
+from ptx_machine.assembly import execute, signed_bytes, words_of
 
 from turboquant_kernels.codebook import codebook
 from turboquant_kernels.codec import Codec
