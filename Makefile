@@ -51,7 +51,7 @@ test-engine: dev ## the CPU engine's tests
 test-cluster: dev ## the operator against a real API server, and the demo as a test
 	$(BIN)/python -m pytest -m cluster $(PYTEST_ARGS)
 
-test-aot: dev ## every listed kernel variant, compiled for sm_80, sm_90 and sm_100; needs no GPU
+test-aot: dev ## every listed kernel variant, compiled for sm_80, sm_89, sm_90, sm_100 and sm_120; needs no GPU
 	$(BIN)/python kernels/tests/aot/resources.py --all $(AOT_ARGS)
 
 test-gpu: dev ## kernels, and the engine where vLLM's CUDA build is installed, on this machine's GPU; writes kernels/tests/gpu/result.json
