@@ -122,6 +122,7 @@ def adapter():
     plugin.register()
     from turboquant_runtime.adapters import patches
 
+    patches._accept_cache_dtypes()  # another test of this process may have registered before the import above
     return patches
 
 

@@ -151,9 +151,11 @@ def test_pages_beside_sliding_windows_are_of_one_size_and_nearly_full(
     assert plain.unpadded_page_size_bytes / plain.page_size_bytes > 0.7
 
 
-@pytest.mark.parametrize("fmt", ["tq-k8v4", "tq-k4v4"])
+@pytest.mark.parametrize("prefix_caching", [False, True])
+@pytest.mark.parametrize("state_bytes", [41_000, 800_000])
+@pytest.mark.parametrize("fmt", ["tq-k8v8", "tq-k8v4", "tq-k4v4", "tq-k3v2"])
 def test_plain_layers_of_a_hybrid_fit_the_pages_that_hold_a_state(
-    specs, plain_backend, fmt: str, monkeypatch
+    specs, plain_backend, fmt: str, state_bytes: int, prefix_caching: bool, monkeypatch
 ) -> None:
     from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
     from vllm.v1.kv_cache_interface import MambaSpec
@@ -161,25 +163,31 @@ def test_plain_layers_of_a_hybrid_fit_the_pages_that_hold_a_state(
     class State:
         def get_kv_cache_spec(self, config):
             return MambaSpec(
-                shapes=((4, 100_000),),
-                dtypes=(torch.bfloat16,),
+                shapes=((state_bytes,),),
+                dtypes=(torch.uint8,),
                 block_size=4096,
                 page_size_padded=config.cache_config.mamba_page_size_padded,
                 mamba_type=MambaAttentionBackendEnum.MAMBA2,
             )
 
-    state = State()
-    layers = named(layer("auto", plain_backend), layer(fmt, compressed_backend()), state)
-    config = engine_config(fmt, layers, block_size=3040, hybrid=True)
+    # As vLLM has aligned them: blocks as large as a state, and a state padded to them.
+    token_bytes = KV_HEADS * KVFormat.parse(fmt).slot_bytes(128)
+    aligned = -(-state_bytes // token_bytes // 16) * 16
+    layers = named(layer("auto", plain_backend), layer(fmt, compressed_backend()), State())
+    config = engine_config(fmt, layers, block_size=aligned, hybrid=True)
     config.model_config.hf_text_config = SimpleNamespace(
         layers_block_type=["attention", "attention", "mamba"]
     )
-    page = 3040 * KV_HEADS * KVFormat.parse(fmt).slot_bytes(128)
-    config.cache_config.mamba_page_size_padded = page
+    config.cache_config.mamba_page_size_padded = aligned * token_bytes
+    config.cache_config.enable_prefix_caching = prefix_caching
     monkeypatch.setattr(specs, "_layers", lambda _: layers)
-    found = specs_of(specs, config)
-    assert {spec.page_size_bytes for spec in found} == {page}
-    assert found[0].unpadded_page_size_bytes / page > 0.95
+    plain, compressed, state = specs_of(specs, config)
+    page = config.cache_config.block_size * token_bytes
+    assert {spec.page_size_bytes for spec in (plain, compressed, state)} == {page}
+    if prefix_caching:
+        assert compressed.block_size % plain.block_size == 0
+    assert compressed.block_size < max(aligned, 128) * 2
+    assert plain.unpadded_page_size_bytes / page > (0.85 if state_bytes > 100_000 or prefix_caching else 0.5)
 
 
 def test_attention_of_another_kind_is_refused(specs) -> None:

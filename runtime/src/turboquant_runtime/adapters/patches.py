@@ -49,7 +49,7 @@ def patch_front_end() -> None:
 
 @cache
 def patch_worker() -> None:
-    """Called with the first compressed layer of a worker whose engine drafts with a model."""
+    """Called in a worker that has loaded a draft model."""
     _lengthen_drafts_on_the_host()
 
 

@@ -59,14 +59,8 @@ class CompressedCaches:
             return super().get_attn_backend_cls(  # type: ignore[misc, no-any-return]
                 selected_backend, attn_selector_config=attn_selector_config, num_heads=num_heads
             )
-        from vllm.config import get_current_vllm_config_or_none
         from vllm.utils.import_utils import resolve_obj_by_qualname
 
-        from turboquant_runtime.adapters.patches import patch_worker
-
-        config = get_current_vllm_config_or_none()
-        if config is not None and config.speculative_config and config.speculative_config.uses_draft_model():
-            patch_worker()
         reasons = resolve_obj_by_qualname(cls.compressed_backend).validate_configuration(
             device_capability=cls.get_device_capability(),  # type: ignore[attr-defined]
             **attn_selector_config._asdict(),
@@ -83,10 +77,13 @@ class CompressedCaches:
         """Called in each worker between loading the model and asking its layers for their cache specs."""
         from turboquant_runtime.adapters import specs
         from turboquant_runtime.adapters.engine_config import plan_of
+        from turboquant_runtime.adapters.patches import patch_worker
 
         if vllm_config.model_config is None or plan_of(vllm_config) is None:
             super().update_block_size_for_backend(vllm_config)  # type: ignore[misc]
             return
+        if vllm_config.speculative_config and vllm_config.speculative_config.uses_draft_model():
+            patch_worker()
         specs.put_formats_on_layers(vllm_config)
         super().update_block_size_for_backend(vllm_config)  # type: ignore[misc]
         specs.fit_plain_layers(vllm_config)

@@ -83,12 +83,11 @@ def fit_plain_layers(vllm_config: VllmConfig) -> None:
         return  # vLLM gives every layer the blocks of full attention
     cache_config = vllm_config.cache_config
     smallest = {name: _smallest_block(layers[name].get_attn_backend()) for name in plain}
-    needed = max(smallest[name] * _token_bytes(spec) for name, spec in plain.items())
+    step = lcm(PAGE_TOKENS, *smallest.values())
     token_bytes = max(map(_token_bytes, compressed))
-    # A multiple of the smallest blocks, so that these divide it.
-    block_size = max(
-        cache_config.block_size, round_up(ceil(needed / token_bytes), lcm(PAGE_TOKENS, *smallest.values()))
-    )
+    # Compressed tokens to one of a plain layer, which has so many times fewer of them in a block.
+    ratio = ceil(max(map(_token_bytes, plain.values())) / token_bytes)
+    block_size = ratio * round_up(ceil(cache_config.block_size / ratio), step)
     page_bytes = block_size * token_bytes
     if block_size > cache_config.block_size:
         logger.info(
