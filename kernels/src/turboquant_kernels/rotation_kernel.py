@@ -3,11 +3,10 @@
     y = H diag(s) x / sqrt(D),   H = Paley (order 1, 12 or 20) x Sylvester (order D / Paley's)
 
 `store.kernel` rotates keys and values before it quantizes them, `queries.kernel` rotates queries and
-the attention output back. Until Paley's matrix has mixed them, ROWS vectors lie in a tuple with one tile
-[ROWS, INNER] for each outer index: coordinate outer * INNER + inner. So a thread has all outer indices of
-what it has of a tile, whatever layout the compiler chooses: were they an axis of one tile it could spread
-them over lanes, at up to 20 shuffles a coordinate. A thread's part of a tile is one coordinate, or 8
-neighbouring ones where there is no Paley factor; what butterflies need beyond that comes by warp shuffles.
+the attention output back. Vectors lie in tiles [ROWS, ORDER_PADDED, INNER]: coordinate outer * INNER + inner
+of ROWS vectors, the outer index padded to a power of two with zeros. A thread has 8 neighbouring coordinates
+of a vector or, where a Paley matrix mixes the outer index, all coordinates of one inner index; what
+butterflies need beyond that comes by warp shuffles. `load_vectors` and `tile_rows` see to it.
 """
 
 from functools import cache
@@ -58,101 +57,63 @@ def _negative_bits(matrix: torch.Tensor) -> tuple[int, ...]:
 
 @triton.jit
 def load_vectors(vectors, valid, HEAD_DIM: tl.constexpr, INNER: tl.constexpr):
-    """Vectors as tiles, float32 [ROWS, INNER] for each outer index; zero where not valid.
+    """Vectors as a tile, float32 [ROWS, ORDER_PADDED, INNER]; zero where not valid and in the padding.
 
     vectors: pointers [ROWS] to first coordinates. valid: bool [ROWS].
     """
-    tiles = ()
-    for outer in tl.static_range(HEAD_DIM // INNER):
-        coordinate = outer * INNER + tl.arange(0, INNER)[None, :]
-        tile = tl.load(vectors[:, None] + coordinate, mask=valid[:, None], other=0.0)
-        tiles += (tile.to(tl.float32),)
-    return tiles
+    ORDER_PADDED: tl.constexpr = triton.next_power_of_2(HEAD_DIM // INNER)
+    if ORDER_PADDED > 1:
+        # Lanes should take rows and the inner index, and each thread all of the outer index, which in lanes
+        # would cost up to 20 shuffles a coordinate. The compiler fills lanes from the last dimension on, so
+        # the outer index is loaded as the first. The hint hides that loads of several coordinates are
+        # aligned, so that a thread has one inner index.
+        coordinate = tl.arange(0, ORDER_PADDED)[:, None, None] * INNER + tl.arange(0, INNER)[None, None, :]
+        coordinate = tl.multiple_of(coordinate, [1, 1, 1])
+        mask = valid[None, :, None] & (coordinate < HEAD_DIM)
+        tile = tl.permute(tl.load(vectors[None, :, None] + coordinate, mask=mask, other=0.0), (1, 0, 2))
+    else:
+        coordinate = tl.arange(0, INNER)[None, None, :]
+        tile = tl.load(vectors[:, None, None] + coordinate, mask=valid[:, None, None], other=0.0)
+    return tile.to(tl.float32)
 
 
 @triton.jit
 def load_signs(signs, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, INNER: tl.constexpr):
-    """`device_signs` as tiles, float32 [ROWS, INNER]: each thread loads what it needs, as it does for
-    vectors, and nothing has to pass through shared memory."""
+    """`device_signs` as a tile, float32 [ROWS, ORDER_PADDED, INNER]: each thread loads what it needs, as it
+    does for vectors, and nothing has to pass through shared memory."""
     return load_vectors(signs + tl.zeros([ROWS], tl.int32), tl.full([ROWS], True, tl.int1), HEAD_DIM, INNER)
 
 
 @triton.jit
-def subtract(a, b):
-    """The differences of two vectors' tiles."""
-    tiles = ()
-    for outer in tl.static_range(len(a)):
-        tiles += (a[outer] - b[outer],)
-    return tiles
-
-
-@triton.jit
-def multiply(a, b):
-    """The products of two vectors' tiles, coordinate by coordinate."""
-    tiles = ()
-    for outer in tl.static_range(len(a)):
-        tiles += (a[outer] * b[outer],)
-    return tiles
-
-
-@triton.jit
-def take_out_exponent(tiles):
+def take_out_exponent(tile):
     """Vectors scaled by powers of two so that their largest coordinates lie in [2, 4): sums of squares of
     bf16 numbers can overflow float32.
 
-    Returns the scaled tiles, the factor that undoes it, float32 [ROWS], and whether a vector is finite, bool
+    Returns the scaled tile, the factor that undoes it, float32 [ROWS], and whether a vector is finite, bool
     [ROWS]. Vectors that are zero, below float32's normal range or not finite become zero, factor and all.
     """
+    bits = tile.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     # As integers magnitudes are ordered like floats, with NaN above infinity; a maximum of floats drops NaN.
-    largest = tiles[0].to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    for outer in tl.static_range(1, len(tiles)):
-        largest = tl.maximum(largest, tiles[outer].to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-    exponent = tl.max(largest, axis=1) >> 23
+    exponent = tl.max(tl.max(bits, axis=2), axis=1) >> 23
     usable = (exponent > 0) & (exponent < 255)
     down = tl.where(usable, (255 - exponent) << 23, 0).to(tl.float32, bitcast=True)
     up = tl.where(usable, (exponent - 1) << 23, 0).to(tl.float32, bitcast=True)
-    scaled = ()
-    for outer in tl.static_range(len(tiles)):
-        scaled += (tl.where(usable[:, None], tiles[outer], 0.0) * down[:, None],)
-    return scaled, up, exponent < 255
+    return tl.where(usable[:, None, None], tile, 0.0) * down[:, None, None], up, exponent < 255
 
 
 @triton.jit
-def hadamard_product(tiles, HEAD_DIM: tl.constexpr, INNER: tl.constexpr, NEGATIVE: tl.constexpr):
-    """H times each vector, float32 [ROWS, n] with n the head_dim padded with zeros: the same additions in
-    the same order as `rotation.rotate` makes."""
-    mixed = ()
-    for outer in tl.static_range(len(tiles)):
-        mixed += (_sylvester_product(tiles[outer], INNER),)
-    if HEAD_DIM > INNER:
-        mixed = _paley_product(mixed, NEGATIVE)
-    return whole_vectors(mixed, HEAD_DIM, INNER)
-
-
-@triton.jit
-def whole_vectors(tiles, HEAD_DIM: tl.constexpr, INNER: tl.constexpr):
-    """Tiles [ROWS, INNER] side by side, [ROWS, n] with n the head_dim padded with zeros."""
-    ROWS: tl.constexpr = tiles[0].shape[0]
-    ORDER_PADDED: tl.constexpr = triton.next_power_of_2(HEAD_DIM // INNER)
-    for _ in tl.static_range(HEAD_DIM // INNER, ORDER_PADDED):
-        tiles += (tl.zeros_like(tiles[0]),)
-    # Each level joins one bit of the outer index, the highest first, as the last axis.
-    for level in tl.static_range(ORDER_PADDED.bit_length() - 1):
-        joined = ()
-        for outer in tl.static_range(ORDER_PADDED >> (level + 1)):
-            joined += (tl.join(tiles[outer], tiles[outer + (ORDER_PADDED >> (level + 1))]),)
-        tiles = joined
-    whole = tl.reshape(tiles[0], [ROWS, INNER, ORDER_PADDED])
-    return tl.reshape(tl.permute(whole, (0, 2, 1)), [ROWS, ORDER_PADDED * INNER])
-
-
-@triton.jit
-def _sylvester_product(tile, INNER: tl.constexpr):
-    """Sylvester's matrix times axis 1 of a tile [ROWS, INNER]."""
+def hadamard_product(tile, HEAD_DIM: tl.constexpr, INNER: tl.constexpr, NEGATIVE: tl.constexpr):
+    """H times each vector of a tile, float32 [ROWS, n] with n the head_dim padded with zeros: the same
+    additions in the same order as `rotation.rotate` makes."""
     ROWS: tl.constexpr = tile.shape[0]
+    ORDER_PADDED: tl.constexpr = tile.shape[1]
     for level in tl.static_range(INNER.bit_length() - 1):
-        tile = _butterfly(tl.reshape(tile, [ROWS * INNER >> (level + 1), 2, 1 << level]))
-    return tl.reshape(tile, [ROWS, INNER])
+        pairs = tl.reshape(tile, [ROWS * ORDER_PADDED * INNER >> (level + 1), 2, 1 << level])
+        tile = _butterfly(pairs)
+    if HEAD_DIM > INNER:
+        tile = tl.reshape(tile, [ROWS, ORDER_PADDED, INNER])
+        tile = _paley_product(tile, HEAD_DIM // INNER, NEGATIVE)
+    return tl.reshape(tile, [ROWS, ORDER_PADDED * INNER])
 
 
 @triton.jit
@@ -166,15 +127,13 @@ def _butterfly(pairs):
 
 
 @triton.jit
-def _paley_product(tiles, NEGATIVE: tl.constexpr):
-    """Paley's matrix times the outer index, one column after the other."""
-    products = ()
-    for i in tl.static_range(len(tiles)):
-        product = tl.zeros_like(tiles[0])
-        for j in tl.static_range(len(tiles)):
-            if (NEGATIVE[j] >> i) & 1:
-                product -= tiles[j]
-            else:
-                product += tiles[j]
-        products += (product,)
-    return products
+def _paley_product(tile, ORDER: tl.constexpr, NEGATIVE: tl.constexpr):
+    """Paley's matrix times axis 1 of a tile, one column after the other."""
+    outer = tl.arange(0, tile.shape[1])[None, :, None]
+    bits = tile.to(tl.int32, bitcast=True)
+    product = tl.zeros_like(tile)
+    for j in tl.static_range(ORDER):
+        # A sum with one term: the tile's outer index j, for every other one.
+        column = tl.sum(tl.where(outer == j, bits, 0), axis=1, keep_dims=True).to(tl.float32, bitcast=True)
+        product += column * (1.0 - 2.0 * ((NEGATIVE[j] >> outer) & 1).to(tl.float32))
+    return tl.where(outer < ORDER, product, 0.0)

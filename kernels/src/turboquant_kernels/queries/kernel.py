@@ -22,10 +22,8 @@ from turboquant_kernels.rotation_kernel import (
     hadamard_product,
     load_signs,
     load_vectors,
-    multiply,
     take_out_exponent,
     tile_rows,
-    whole_vectors,
 )
 
 NUM_WARPS = 4
@@ -141,10 +139,10 @@ def rotate_kernel(
     head = tl.program_id(1)
     valid = token < num_tokens
     vectors = query + token.to(tl.int64) * query_token_stride + head.to(tl.int64) * query_head_stride
-    tiles = load_vectors(vectors, valid, HEAD_DIM, INNER)
-    signs_tiles = load_signs(signs, ROWS, HEAD_DIM, INNER)
-    tiles, factor, finite = take_out_exponent(tiles)
-    rotated = hadamard_product(multiply(tiles, signs_tiles), HEAD_DIM, INNER, NEGATIVE)
+    tile = load_vectors(vectors, valid, HEAD_DIM, INNER)
+    signs_tile = load_signs(signs, ROWS, HEAD_DIM, INNER)
+    tile, factor, finite = take_out_exponent(tile)
+    rotated = hadamard_product(tile * signs_tile, HEAD_DIM, INNER, NEGATIVE)
 
     largest = tl.max(tl.abs(rotated), axis=1)
     # A query is zero or, since its largest coordinate was made at least 2, has a rotated one of at least 2.
@@ -187,10 +185,10 @@ def unrotate_kernel(
     head = tl.program_id(1).to(tl.int64)
     valid = token < num_tokens
     vectors = rotated + token * rotated_token_stride + head * rotated_head_stride
-    tiles = load_vectors(vectors, valid, HEAD_DIM, INNER)
-    signs_tiles = load_signs(signs, ROWS, HEAD_DIM, INNER)
-    product = hadamard_product(tiles, HEAD_DIM, INNER, NEGATIVE)
-    unrotated = product * whole_vectors(signs_tiles, HEAD_DIM, INNER) * (HEAD_DIM**-0.5)
+    tile = load_vectors(vectors, valid, HEAD_DIM, INNER)
+    signs_tile = load_signs(signs, ROWS, HEAD_DIM, INNER)
+    product = hadamard_product(tile, HEAD_DIM, INNER, NEGATIVE)
+    unrotated = product * tl.reshape(signs_tile, product.shape) * (HEAD_DIM**-0.5)
     coordinate = tl.arange(0, product.shape[1])[None, :]
     target = (out + token * out_token_stride + head * out_head_stride)[:, None] + coordinate
     tl.store(target, unrotated.to(out.dtype.element_ty), mask=valid[:, None] & (coordinate < HEAD_DIM))

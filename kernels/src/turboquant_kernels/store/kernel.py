@@ -43,8 +43,6 @@ from turboquant_kernels.rotation_kernel import (
     hadamard_product,
     load_signs,
     load_vectors,
-    multiply,
-    subtract,
     take_out_exponent,
     tile_rows,
 )
@@ -208,13 +206,13 @@ def store_kernel(
     slot = tl.load(slots + token, mask=valid, other=-1).to(tl.int32)
     if tl.program_id(2) == 0:
         vectors = key + token.to(tl.int64) * key_token_stride + head.to(tl.int64) * key_head_stride
-        tiles = load_vectors(vectors, valid, HEAD_DIM, INNER)
+        tile = load_vectors(vectors, valid, HEAD_DIM, INNER)
         if ANCHOR:
             block, offset = _block(cache, slot, block_size, block_stride)
             anchors = (block + block_size * kv_heads * SLOT_BYTES).to(tl.pointer_type(tl.bfloat16))
             anchors += ((offset // _ANCHOR_TOKENS).to(tl.int32) * kv_heads + head) * HEAD_DIM
-            tiles = subtract(tiles, load_vectors(anchors, slot >= 0, HEAD_DIM, INNER))
-        t, rms, factor = _rotate(tiles, signs, ROWS, HEAD_DIM, INNER, NEGATIVE, KEY_CODES)
+            tile -= load_vectors(anchors, slot >= 0, HEAD_DIM, INNER)
+        t, rms, factor = _rotate(tile, signs, HEAD_DIM, INNER, NEGATIVE, KEY_CODES)
         rank, level = _quantize(t, KEY_CODES)
         # Only now: until here nothing waits for the slots. Rows of padding are computed too, and not written.
         block, offset = _block(cache, slot, block_size, block_stride)
@@ -232,8 +230,8 @@ def store_kernel(
             store_projected_signs(page + RESIDUAL_SIGNS, row, slot >= 0, residual, projection, HEAD_DIM)
     else:
         vectors = value + token.to(tl.int64) * value_token_stride + head.to(tl.int64) * value_head_stride
-        tiles = load_vectors(vectors, valid, HEAD_DIM, INNER)
-        t, rms, factor = _rotate(tiles, signs, ROWS, HEAD_DIM, INNER, NEGATIVE, VALUE_CODES)
+        tile = load_vectors(vectors, valid, HEAD_DIM, INNER)
+        t, rms, factor = _rotate(tile, signs, HEAD_DIM, INNER, NEGATIVE, VALUE_CODES)
         rank, level = _quantize(t, VALUE_CODES)
         block, offset = _block(cache, slot, block_size, block_stride)
         page, row = _page(block, offset, head, kv_heads, SLOT_BYTES)
@@ -262,18 +260,12 @@ def _page(block, offset, head, kv_heads, SLOT_BYTES: tl.constexpr):
 
 @triton.jit
 def _rotate(
-    tiles,
-    signs,
-    ROWS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    INNER: tl.constexpr,
-    NEGATIVE: tl.constexpr,
-    CODES: tl.constexpr,
+    tile, signs, HEAD_DIM: tl.constexpr, INNER: tl.constexpr, NEGATIVE: tl.constexpr, CODES: tl.constexpr
 ):
     """Vectors -> coordinates in half steps, [ROWS, n], and the RMS of the vectors as two factors, [ROWS]."""
-    signs_tiles = load_signs(signs, ROWS, HEAD_DIM, INNER)
-    tiles, factor, _ = take_out_exponent(tiles)
-    rotated = hadamard_product(multiply(tiles, signs_tiles), HEAD_DIM, INNER, NEGATIVE)
+    signs_tile = load_signs(signs, tile.shape[0], HEAD_DIM, INNER)
+    tile, factor, _ = take_out_exponent(tile)
+    rotated = hadamard_product(tile * signs_tile, HEAD_DIM, INNER, NEGATIVE)
     t, rms = _normalize(rotated, HEAD_DIM, CODES)
     return t, rms, factor
 
@@ -298,11 +290,11 @@ def _quantize(t, CODES: tl.constexpr):
         # Each grid point is a level.
         rank = tl.minimum(tl.maximum(tl.ceil(size * 0.5) - 1, 0), 127).to(tl.int32)
         return rank, (2 * rank + 1).to(tl.float32)
-    # The last boundary below decides: it selects both, the level times 256 plus its rank.
+    # The rank is the number of boundaries below; the level is summed in the same step, 256 to a half step.
     both = tl.full(t.shape, CODES.levels[0] << 8, tl.int32)
     for i in tl.static_range(1, len(CODES.levels)):
         boundary = (CODES.levels[i - 1] + CODES.levels[i]) // 2
-        both = tl.where(size > boundary, (CODES.levels[i] << 8) + i, both)
+        both += tl.where(size > boundary, (CODES.levels[i] - CODES.levels[i - 1] << 8) + 1, 0)
     return both & 0xFF, (both >> 8).to(tl.float32)
 
 
