@@ -28,6 +28,7 @@ os.environ.update(
         "OMP_NUM_THREADS": "1",
     }
 )
+torch.set_num_threads(1)  # PyTorch read the number as it was imported
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
 if not torch.cuda.is_available():
