@@ -94,13 +94,14 @@ def _blocks_of_one_size(
 ) -> tuple[int, int, int]:
     """Tokens of a compressed block, of one in the model's own dtype, and the latter's padding in a KV head.
 
-    Source: ``turboquant_runtime.adapters.specs``, `fit_plain_layers`. Compressed blocks are just large enough
-    for the smallest block in the model's own dtype, which then has as many tokens as fit and divide theirs.
+    Source: ``turboquant_runtime.adapters.specs``, `fit_plain_layers`. A compressed block has a whole number of
+    times the tokens of one in the model's own dtype, so that the latter fits and fills most of the page.
     """
     stored = max(format_bytes(fmt, facts, PAGE_TOKENS) for fmt in formats if fmt.compressed)
     own = format_bytes(BF16, facts, PAGE_TOKENS)
     least = settings.least_plain_tokens
-    block = max(settings.block_tokens, PAGE_TOKENS * ceil(own * least / (stored * PAGE_TOKENS)))
+    ratio = ceil(own / stored)
+    block = ratio * least * ceil(settings.block_tokens / (ratio * least))
     page = block // PAGE_TOKENS * stored
     fitting = [n for n in range(least, page * PAGE_TOKENS // own + 1, least) if block % n == 0]
     plain = max(fitting, default=least)
