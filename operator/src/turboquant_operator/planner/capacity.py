@@ -94,8 +94,8 @@ def _blocks_of_one_size(
 ) -> tuple[int, int, int]:
     """Tokens of a compressed block, of one in the model's own dtype, and the latter's padding in a KV head.
 
-    Source: ``turboquant_runtime.adapters.specs``, `fit_plain_layers`. A compressed block has a whole number of
-    times the tokens of one in the model's own dtype, so that the latter fits and fills most of the page.
+    Source: ``turboquant_runtime.adapters.specs``, `fit_plain_layers`. A compressed block has a whole number
+    of times the tokens of one in the model's own dtype, so that the latter fits and fills most of the page.
     """
     stored = max(format_bytes(fmt, facts, PAGE_TOKENS) for fmt in formats if fmt.compressed)
     own = format_bytes(BF16, facts, PAGE_TOKENS)
