@@ -116,8 +116,8 @@ MUTATIONS = [
     Mutation(
         "signs on the wrong side",
         "rotation.py",
-        "hadamard(head_dim) * rotation_signs(head_dim, seed)",
-        "hadamard(head_dim) * rotation_signs(head_dim, seed)[:, None]",
+        "hadamard(head_dim) * rotation_signs(head_dim, seed) / ",
+        "hadamard(head_dim) * rotation_signs(head_dim, seed)[:, None] / ",
         "test_rotation.py",
     ),
     Mutation(
