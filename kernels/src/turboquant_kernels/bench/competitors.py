@@ -1,6 +1,6 @@
 """The kernels that the project is measured beside: FlashAttention-3, and vLLM's own compressed caches.
 
-Each is called as vLLM 0.25.1's attention backends call it for a decode step, on a cache of random contents in
+Each is called as vLLM 0.32.0's attention backends call it for a decode step, on a cache of random contents in
 its own layout with blocks of 16 tokens in random order. Plans that vLLM makes once a step for all layers
 (FlashAttention's schedule) are made before the clock starts; what its kernels do in every layer (vLLM rotates
 queries outside its attention kernel) is on the clock. vLLM is imported here alone, on use.
@@ -164,12 +164,12 @@ def _vllm_int4(shape: Shape, device: torch.device) -> Call:
     from vllm.v1.kv_cache_interface import KVQuantMode
 
     step = _Step.of(shape, device)
-    # Block, key or value, token, head, and half a byte a coordinate before the fp32 scale.
-    size = (step.num_blocks, 2, BLOCK_SIZE, shape.kv_heads, shape.head_dim // 2 + 4)
+    # Block, token, head, key or value, and half a byte a coordinate before the fp32 scale.
+    size = (step.num_blocks, BLOCK_SIZE, shape.kv_heads, 2, shape.head_dim // 2 + 4)
     cache = torch.randint(256, size, dtype=torch.uint8, device=device)
     scales = cache.view(torch.float32)[..., -1]
     scales.fill_(0.125)
-    key, value = cache.unbind(1)
+    key, value = cache.unbind(3)
     threshold = MIN_LAUNCH_GRID_SIZE_2D // shape.kv_heads
     segments = (threshold, shape.q_heads, NUM_PAR_SOFTMAX_SEGMENTS)
     out = torch.empty_like(step.query)
@@ -199,8 +199,8 @@ def _vllm_int4(shape: Shape, device: torch.device) -> Call:
         seq_threshold_3D=threshold,
         num_par_softmax_segments=NUM_PAR_SOFTMAX_SEGMENTS,
         kv_quant_mode=KVQuantMode.INT4_PER_TOKEN_HEAD,
-        k_scale_cache=scales[:, 0],
-        v_scale_cache=scales[:, 1],
+        k_scale_cache=scales[..., 0],
+        v_scale_cache=scales[..., 1],
         **buffers,
     )
 
