@@ -53,9 +53,14 @@ def merge(
         WIDTH=triton.next_power_of_2(head_dim),
         SPLITS=at_once,
         PDL=pdl,
-        num_warps=4 if at_once >= 16 else 2,
+        num_warps=num_warps(at_once),
         launch_pdl=pdl,
     )
+
+
+def num_warps(splits: int) -> int:
+    """Warps of a program that reads `splits` splits at a time."""
+    return 4 if splits >= 16 else 2
 
 
 @triton.jit

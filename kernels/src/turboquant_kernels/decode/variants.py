@@ -1,4 +1,4 @@
-"""What of decode attention is compiled ahead of time, for tests and to find what a new Triton makes of it."""
+"""Variants of the decode kernels to compile ahead of time (`turboquant_kernels.aot`)."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,7 +10,7 @@ from turboquant_kernels.aot import AotVariant
 from turboquant_kernels.decode import hopper, portable
 from turboquant_kernels.decode.hopper.kernel import decode_kernel
 from turboquant_kernels.decode.hopper.specialization import specialization_of
-from turboquant_kernels.decode.merge import merge_kernel
+from turboquant_kernels.decode.merge import merge_kernel, num_warps
 from turboquant_kernels.decode.portable.kernel import attend_items_kernel
 from turboquant_kernels.decode.portable.launch import constants_of
 from turboquant_kernels.decode.schedule import SEARCH_STEPS, fill_kernel
@@ -26,7 +26,7 @@ from turboquant_kernels.formats import (
 
 
 def variants() -> Iterator[AotVariant]:
-    """Both kernels that attend, the schedule and the merge."""
+    """The two attention kernels, the schedule and the merge."""
     yield from _portable_variants()
     yield from _hopper_variants()
     yield from _schedule_variants()
@@ -103,9 +103,12 @@ def _portable_variant(
 
 
 def _hopper_variants() -> Iterator[AotVariant]:
-    """Formats of the benchmarks at every head dimension, a few others at 128, one and more rows, and with a
-    launch for few tokens of their own; with key anchors those of the benchmarks at 128, and one at every
-    head dimension; one with each option."""
+    """Variants with 4 and 8 rows, and one of each option.
+
+    The formats of the benchmarks at every head dimension, three more at 128; where a format has another
+    launch for few tokens, that one too. With key anchors: the formats of the benchmarks at 128, one of them
+    at every head dimension.
+    """
     names = ("tq-k4v4", "tq-k3v3", "tq-k8v4", "tq-k5v3", "tq-k4v2", "tq-k6v8", "tq-k2v2")
     for head_dim in hopper.HEAD_DIMS:
         at_128 = head_dim == 128
@@ -228,5 +231,5 @@ def _merge_variants() -> Iterator[AotVariant]:
                     "WIDTH": triton.next_power_of_2(head_dim),
                     "SPLITS": splits,
                 },
-                num_warps=4 if splits >= 16 else 2,
+                num_warps=num_warps(splits),
             )

@@ -1,4 +1,4 @@
-"""What of the queries' kernels is compiled ahead of time (`turboquant_kernels.aot`)."""
+"""Variants of the query kernels to compile ahead of time (`turboquant_kernels.aot`)."""
 
 from collections.abc import Iterator
 

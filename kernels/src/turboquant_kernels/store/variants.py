@@ -1,4 +1,4 @@
-"""What of the store's kernel is compiled ahead of time (`turboquant_kernels.aot`)."""
+"""Variants of the store kernel to compile ahead of time (`turboquant_kernels.aot`)."""
 
 import dataclasses
 from collections.abc import Iterator

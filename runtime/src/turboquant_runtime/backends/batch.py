@@ -23,8 +23,8 @@ class BatchSplit:
     """Query tokens that the decode kernel takes of each sequence."""
     padded_rows: np.ndarray | None
     """int64 [decode_tokens], where a sequence has fewer query tokens than that: the row of each token in a
-    batch of `query_len` rows a sequence, whose last rows are the sequence's tokens. None: rows stand so
-    already."""
+    batch of `query_len` rows a sequence, whose last rows are the sequence's tokens. None where no row
+    moves."""
     query_starts: list[int]
     """Where the queries of the other sequences begin, counted from their first, and the end."""
 

@@ -36,12 +36,11 @@ class DecodePlans:
         return DecodePlan(shape, device, partial_results=self._partial_results)
 
     def schedules(self, layer_name: str, shape: DecodeShape, draft: bool) -> bool:
-        """Whether this layer fills the schedule for those of its shape, whatever the batch: the first one
-        does.
+        """Whether this layer fills the schedule for all layers of its shape, in batches of any size.
 
-        In each pass through a model, and inside a captured graph: lengths are another in each. A draft
-        model has a graph of its own, which must not count on the target's having been replayed before it,
-        so that its first layer does too. The first layer that is ever called is the first in each pass.
+        The first layer that is called does, in each pass through the model and inside captured graphs,
+        because sequence lengths change between passes. A draft model has captured graphs of its own, which
+        must not rely on those of the target model, so its first layer fills the schedule too.
         """
         kind = replace(shape, num_seqs=0, query_len=0), draft
         return self._leaders.setdefault(kind, layer_name) == layer_name
