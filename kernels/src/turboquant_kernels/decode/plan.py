@@ -40,7 +40,7 @@ split, a launch that merges costs more than it saves."""
 
 @dataclass(frozen=True)
 class DecodeShape:
-    """All that buffers and kernels of a decode follow from; layers of equal shape share a plan.
+    """Everything that determines the buffers and kernels of a decode; layers of equal shape share a plan.
 
     Codecs are compared by format, head dimension and seed.
     """
@@ -170,8 +170,8 @@ class DecodePlan:
 
     @property
     def kernels(self) -> Hashable:
-        """What the compiled kernels of `schedule` and `run` follow from: plans for which it is equal compile
-        nothing new after each other, if soft cap, sinks, dtypes and the width of offsets are alike too."""
+        """Identifies the compiled kernels of `schedule` and `run`: plans with equal values share them, if
+        soft cap, sinks, dtypes and the width of offsets are equal too."""
         shape = self.shape
         splits = triton.cdiv(len(self.splits.items), shape.num_seqs)
         return (
@@ -213,11 +213,11 @@ class DecodePlan:
         out: torch.Tensor | None = None,
         wide_offsets: bool | None = None,
     ) -> torch.Tensor:
-        """Attention of a batch of the plan's shape, with the schedule of its lengths.
+        """Attention of a batch of the plan's shape, by the last schedule.
 
         Tensors, options, result and errors are those of `paged_decode`. `wide_offsets`: whether the cache is
-        addressed with 64-bit offsets, as one of more than 8 GiB must be; by default as its size asks for. It
-        is there to compile both kernels on a small cache, with equal results.
+        addressed with 64-bit offsets, which one of more than 8 GiB needs; by default its size decides.
+        Results are equal: the option is for compiling both kernels on a small cache.
         """
         codec = self.shape.codec
         rotated = self.attend(

@@ -1,8 +1,8 @@
 """What vLLM asks of its platform, answered for compressed caches: what is served, by which backend, in
 which pages.
 
-vLLM takes one platform class in a process. `platform_cpu` and `platform_cuda` put these answers before
-those of vLLM's own class; with none of our formats chosen each passes the call on.
+vLLM loads one platform class a process. `platform_cpu` and `platform_cuda` derive it from `CompressedCaches`
+and vLLM's own class, which answers every call where none of our formats is chosen.
 """
 
 import sys
