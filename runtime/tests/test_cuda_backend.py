@@ -272,6 +272,30 @@ def test_memory_is_measured_with_prefill_and_decode_in_it(make_impl, device, mon
     assert [run[0] for run in runs].count("prefill") == 2
 
 
+@pytest.mark.parametrize(("cache_bytes", "warmed"), [(1 << 33, ["0", "2"]), ((1 << 33) - 64, [])])
+def test_one_layer_of_each_shape_compiles_what_large_caches_take(
+    cache_bytes, warmed, make_impl, device, monkeypatch
+) -> None:
+    from turboquant_runtime.backends import cuda
+
+    calls = []
+    monkeypatch.setattr(
+        cuda, "warm_up_decodes", lambda impl, layer, *_, wide_offsets: calls.append((layer, wide_offsets))
+    )
+    impls = {"0": make_impl(), "1": make_impl(), "2": make_impl(sliding_window=20)}
+    layers = {name: SimpleNamespace(**vars(layer(0)), impl=impl) for name, impl in impls.items()}
+    builder = object.__new__(cuda.CompressedCUDAMetadataBuilder)
+    builder.layer_names, builder.device = list(layers), device
+    builder.kv_cache_spec = SimpleNamespace(page_size_bytes=64)
+    builder.vllm_config = SimpleNamespace(
+        cache_config=SimpleNamespace(num_gpu_blocks=cache_bytes // 64),
+        model_config=SimpleNamespace(dtype=torch.bfloat16),
+        compilation_config=SimpleNamespace(static_forward_context=layers),
+    )
+    builder._warm_up_for_large_caches()
+    assert calls == [(layers[name], True) for name in warmed]
+
+
 def test_batches_of_all_sizes_share_memory_and_keep_their_schedules(device) -> None:
     from turboquant_kernels.decode.plan import DecodeShape
     from turboquant_runtime.backends.decode_plans import DecodePlans

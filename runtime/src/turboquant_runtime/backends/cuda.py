@@ -3,12 +3,10 @@
 vLLM calls a layer twice a step: `do_kv_cache_update` encodes the new tokens into their pages, then `forward`
 attends over the pages, those of the step's own tokens included. A step is split once (`batch`):
 
-    sequences with one or a few query tokens -> DecodePlan.run: lengths are read on the device, so that vLLM
-    can
-                                                capture it in a CUDA graph
-    chunks of prompts                        -> prefill_attention: pages are expanded a tile at a time and
-    given
-                                                to vLLM's FlashAttention
+    sequences with one or a few query tokens -> DecodePlan.run: lengths are read on the device, so that
+                                                vLLM can capture it in a CUDA graph
+    chunks of prompts                        -> prefill_attention: pages are expanded a tile at a time
+                                                and given to vLLM's FlashAttention
 
 Nothing waits for the device. `decode_plans` says who owns the buffers of decodes and who fills their
 schedule.
@@ -45,7 +43,7 @@ from turboquant_runtime.backends.step import (
     decode_limit,
     step_of,
 )
-from turboquant_runtime.backends.warm_up import warm_up, warm_up_decodes
+from turboquant_runtime.backends.warm_up import is_first_of_its_shape, warm_up, warm_up_decodes
 
 _WIDE_CACHE_BYTES = 8 << 30
 """Of a layer's cache: from here on the decode kernel takes 64-bit offsets."""
@@ -90,12 +88,12 @@ class CompressedCUDAMetadataBuilder(AttentionMetadataBuilder[CompressedCUDAMetad
         blocks = self.vllm_config.cache_config.num_gpu_blocks or 0
         if blocks * self.kv_cache_spec.page_size_bytes < _WIDE_CACHE_BYTES:
             return
-        layers: dict[str, Any] = self.vllm_config.compilation_config.static_forward_context
+        context: dict[str, Any] = self.vllm_config.compilation_config.static_forward_context
+        layers = [context[name] for name in self.layer_names]
         dtype = self.vllm_config.model_config.dtype
-        for name in self.layer_names:
-            warm_up_decodes(
-                layers[name].impl, layers[name], self.vllm_config, dtype, self.device, wide_offsets=True
-            )
+        for layer in layers:
+            if is_first_of_its_shape(layer, layers):
+                warm_up_decodes(layer.impl, layer, self.vllm_config, dtype, self.device, wide_offsets=True)
 
     def build(
         self,

@@ -6,6 +6,7 @@ queries and sums, the decode's partial results. A prefill and decodes on a cache
 compile the kernels.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -24,9 +25,9 @@ def warm_up(
 ) -> None:
     """Stores, prefills and decodes as the layer will; query, key and value are those of the largest batch.
 
-    Layers of equal shape need the same, so that only the first of them does it.
+    Does nothing for layers that are not the first of their shape.
     """
-    if layer is not _first_of_its_shape(impl, layer, config):
+    if not is_first_of_its_shape(layer, config.compilation_config.static_forward_context.values()):
         return
     codec, tokens, device = impl.layer_codec(layer), len(query), query.device
     kv_cache = _one_block(impl, layer, config, device)
@@ -104,14 +105,15 @@ def _one_block(impl: Any, layer: Any, config: VllmConfig, device: torch.device) 
     return torch.zeros(1, block_size, impl.num_kv_heads, slot_bytes, dtype=torch.uint8, device=device)
 
 
-def _first_of_its_shape(impl: Any, layer: Any, config: VllmConfig) -> Any:
-    """The first layer, in the order in which they were made, that is served as this one is."""
-    for other in config.compilation_config.static_forward_context.values():
+def is_first_of_its_shape(layer: Any, layers: Iterable[Any]) -> bool:
+    """Whether this layer is the first of `layers` that takes its kernels and memory."""
+    impl = layer.impl
+    for other in layers:
         if type(getattr(other, "impl", None)) is type(impl) and _kind(other.impl, other) == _kind(
             impl, layer
         ):
-            return other
-    return layer
+            return other is layer
+    return True
 
 
 def _kind(impl: Any, layer: Any) -> tuple[Any, ...]:
