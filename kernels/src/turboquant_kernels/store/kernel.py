@@ -290,11 +290,11 @@ def _quantize(t, CODES: tl.constexpr):
         # Each grid point is a level.
         rank = tl.minimum(tl.maximum(tl.ceil(size * 0.5) - 1, 0), 127).to(tl.int32)
         return rank, (2 * rank + 1).to(tl.float32)
-    # The rank is the number of boundaries below; the level is summed in the same step, 256 to a half step.
+    # The last boundary below decides: it selects both, the level times 256 plus its rank.
     both = tl.full(t.shape, CODES.levels[0] << 8, tl.int32)
     for i in tl.static_range(1, len(CODES.levels)):
         boundary = (CODES.levels[i - 1] + CODES.levels[i]) // 2
-        both += tl.where(size > boundary, (CODES.levels[i] - CODES.levels[i - 1] << 8) + 1, 0)
+        both = tl.where(size > boundary, (CODES.levels[i] << 8) + i, both)
     return both & 0xFF, (both >> 8).to(tl.float32)
 
 
