@@ -127,6 +127,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "vllm-defaults": {"gpu_memory_utilization": 0.9, "max_model_len": 40_000},
     # A tenth of what an H200 leaves for the cache of the Llama shape: 89,856 tokens in bf16.
     "small-cache": _PLAIN | {"enable_prefix_caching": True, "kv_cache_memory_bytes": 11_780_000_000},
+    "two-gpus": _PLAIN | {"quantization": "fp8", "tensor_parallel_size": 2},
     # One of vLLM's own backends takes a minute to capture a graph.
     "few-graphs": _PLAIN
     | {
@@ -188,6 +189,13 @@ GROUPS: Mapping[str, Group] = {
     ),
     "moe": Group("a mixture of experts", "qwen3-30b-a3b", (Decode((1, 8), 32_000),)),
     "sliding-window": Group("five layers of six with a window", "gemma-3-12b", (Decode((1, 8), 32_000),)),
+    "tensor-parallel": Group(
+        "a large model in fp8 over two GPUs",
+        "llama-3.1-70b",
+        (Prefill(32_000), Decode((1, 8), 32_000), Batch(64, 512, 128)),
+        (*BASELINES, "tq-k5v3"),
+        settings="two-gpus",
+    ),
     "smoke": Group(
         "a toy model, on the CPU too; its numbers mean nothing",
         "smoke",
