@@ -10,8 +10,10 @@ import typer
 from typer.testing import CliRunner
 
 from turboquant_kernels import cli
-from turboquant_kernels.formats import FORMAT_NAMES
+from turboquant_kernels.formats import FORMAT_NAMES, TIER_NAMES
 from turboquant_kernels.validation import Check
+
+NAMES = [*TIER_NAMES, *FORMAT_NAMES]
 
 GROUP = cli.COMMAND_GROUP
 OWN = [
@@ -27,22 +29,20 @@ def tq(*arguments, commands=OWN):
 
 def test_formats_as_json_lists_every_format():
     rows = json.loads(tq("formats", "--head-dim", "128", "--json").stdout)
-    assert [row["name"] for row in rows] == list(FORMAT_NAMES)
-    assert rows[FORMAT_NAMES.index("tq-k5v3")] == {
+    assert [row["name"] for row in rows] == NAMES
+    assert rows[NAMES.index("tq-k5v3")] == {
         "name": "tq-k5v3",
         "key_bits": 5,
         "value_bits": 3,
         "bytes_per_token_per_head": 132,
         "ratio_to_bf16": 3.879,
-        "tier": "balanced",
     }
-    assert rows[0]["ratio_to_bf16"] == 1
-    assert rows[0]["tier"] is None
+    assert rows[NAMES.index("bf16")]["ratio_to_bf16"] == 1
 
 
 def test_formats_as_a_table_names_every_format():
     output = tq("formats", "--head-dim", "64").stdout
-    assert all(name in output for name in FORMAT_NAMES)
+    assert all(name in output for name in NAMES)
 
 
 @pytest.mark.parametrize("command", ["formats", "validate"])
@@ -119,4 +119,4 @@ def test_formats_imports_no_torch():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert len(json.loads(run.stdout)) == len(FORMAT_NAMES)
+    assert len(json.loads(run.stdout)) == len(NAMES)

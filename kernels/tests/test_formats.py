@@ -9,16 +9,17 @@ from turboquant_kernels.formats import (
     BF16,
     COMPRESSED_FORMATS,
     FORMAT_NAMES,
-    FP8,
     HEAD_DIMS,
     KEY_BITS,
     PAGE_TOKENS,
     PROD_KEY_BITS,
+    QUALITIES,
     TIERS,
     VALUE_BITS,
     Encoding,
     KVFormat,
-    tier_of,
+    base_format,
+    find_tier,
 )
 
 
@@ -122,13 +123,21 @@ def test_bits_that_no_format_has_are_refused(arguments):
 
 
 def test_tiers_by_their_formats():
-    assert {tier: fmt.name for tier, fmt in TIERS.items()} == {
-        "near-lossless": "tq-k8v4",
-        "balanced": "tq-k5v3",
-        "max-capacity": "tq-k4v2",
+    assert {tier.cache_dtype: tier.format.name for tier in TIERS.values()} == {
+        "tq-near-lossless": "tq-k8v4",
+        "tq-balanced": "tq-k5v3",
+        "tq-max-capacity": "tq-k4v2",
+        "tq-experimental": "tq-k3v2",
     }
-    assert tier_of(KVFormat(5, 3)) == "balanced"
-    assert tier_of(FP8) is None
+    assert list(QUALITIES) == ["near-lossless", "balanced", "max-capacity"]
+
+
+def test_names_of_tiers_and_formats_are_told_apart():
+    assert find_tier("tq-balanced") == TIERS["balanced"]
+    assert find_tier("tq-k5v3") is None
+    assert base_format("tq-balanced") == base_format("tq-k5v3") == KVFormat(5, 3)
+    with pytest.raises(ValueError, match="did you mean tq-balanced"):
+        base_format("tq-balance")
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)

@@ -27,7 +27,7 @@ def test_json_is_the_object_of_status_plan():
     result = tq_plan(LLAMA, "--accelerator", "nvidia-h100-80gb", "--concurrent", "12", *WEIGHTS, "--json")
     assert result.exit_code == 0
     found = Plan.model_validate_json(result.stdout)
-    assert (found.format, found.tensor_parallel_size, found.kv_bytes_per_token) == ("tq-k5v3", 1, 33_792)
+    assert (found.format, found.tensor_parallel_size, found.kv_bytes_per_token) == ("tq-balanced", 1, 33_792)
     assert set(json.loads(result.stdout)) >= {"keyBits", "predictedTokens", "weightBytesPerGPU", "hash"}
 
 

@@ -41,7 +41,7 @@ def test_a_plan_overrides_the_format_and_sets_the_seed() -> None:
 @pytest.mark.parametrize(
     ("cache_dtype", "additional_config", "says"),
     [
-        ("auto", document(K5V3), "add --kv-cache-dtype tq-k4v4"),
+        ("auto", document(K5V3), "add --kv-cache-dtype tq-balanced"),
         ("tq-k4v4", document(K5V3), "1 layers, but the model has 2 attention layers"),
         ("tq-k4v4", document(K5V3, {"key_bits": 7, "value_bits": 4}), "layers[1]: key_bits 7"),
         ("tq-k4v4", document(K5V3, K5V3, version=2), "version is 2"),

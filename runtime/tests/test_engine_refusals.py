@@ -38,7 +38,7 @@ CASES = {
         ["--kv-cache-dtype", "tq-k4v4", *plan(LAYER, LAYER)],
         "2 layers, but the model has 4 attention layers: make the plan for this model",
     ),
-    "plan without a format": ({}, plan(*[LAYER] * 4), "add --kv-cache-dtype tq-k4v4"),
+    "plan without a format": ({}, plan(*[LAYER] * 4), "add --kv-cache-dtype tq-balanced"),
     "anchor": (
         {},
         ["--kv-cache-dtype", "tq-k4v4", *plan(*[LAYER | {"anchor": True}] * 4)],

@@ -30,6 +30,9 @@ LLAMA = {
 }
 """Llama's shape, small: attention over all tokens in every layer, two query heads to a KV head."""
 
+QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+"""Qwen2's shape, small: a bias on keys, which `write_weights` makes large in one layer."""
+
 PHI3 = LLAMA | {
     "architectures": ["Phi3ForCausalLM"],
     "model_type": "phi3",
@@ -188,7 +191,9 @@ def write_weights(folder: Path, seed: int = 0) -> None:
 
     Rows of a matrix are of length 1, so that hidden states keep their size; queries and keys are made twice
     as long (scores then spread by about 4), and logits three times. Sinks are as high as the larger scores.
-    Norms are left as they are initialized.
+    The keys of layer 1 get a bias much longer than they are, those of others none: in coordinates that hardly
+    turn with the position, so that it adds nearly the same to all scores. Norms are left as they are
+    initialized.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -199,6 +204,9 @@ def write_weights(folder: Path, seed: int = 0) -> None:
     for name, weight in model.named_parameters():
         if name.endswith("sinks"):
             torch.nn.init.normal_(weight, mean=10.0, std=2.0)
+        if name.endswith("layers.1.self_attn.k_proj.bias"):
+            heads = weight.detach().view(config.num_key_value_heads, 2, -1)
+            heads[:, :, -1] = 400.0
         if weight.dim() < 2:
             continue
         gain = 2.0 if "q_proj" in name or "k_proj" in name else 1.0

@@ -9,11 +9,11 @@ import json
 import os
 import struct
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, BinaryIO
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -109,7 +109,7 @@ def read_hub(repository: str, revision: str = "") -> Checkpoint:
             elif INDEX in sizes:
                 weights = {UNKNOWN_DTYPE: int(fetch(INDEX).get("metadata", {}).get("total_size", 0))}
             else:
-                weights = {UNKNOWN_DTYPE: sum(sizes[name] for name in _weight_files(sizes))}
+                weights = {UNKNOWN_DTYPE: sum(sizes[name] for name in weight_files(sizes))}
     except Exception as error:
         explained = _hub_error(error, repository, revision, constants.ENDPOINT)
         if explained is None:
@@ -177,7 +177,7 @@ def _json_object(path: Path) -> Mapping[str, Any]:
 def _folder_weights(folder: Path) -> Mapping[str, int]:
     """Bytes by dtype of the files that the engine would load."""
     sizes = {entry.name: entry.stat().st_size for entry in folder.iterdir() if entry.is_file()}
-    names = _weight_files(sizes)
+    names = weight_files(sizes)
     if INDEX in sizes:
         names = sorted(set(_json_object(folder / INDEX).get("weight_map", {}).values()))
         missing = [name for name in names if name not in sizes]
@@ -194,31 +194,61 @@ def _folder_weights(folder: Path) -> Mapping[str, int]:
     return dict(total)
 
 
-def _weight_files(sizes: Mapping[str, int]) -> list[str]:
+def weight_files(names: Iterable[str]) -> list[str]:
     """The files that hold weights: safetensors before PyTorch's own, no second copy in another layout."""
-    safetensors = [name for name in sizes if name.endswith(".safetensors") and "/" not in name]
+    names = list(names)
+    safetensors = [name for name in names if name.endswith(".safetensors") and "/" not in name]
     return (
         [name for name in safetensors if not name.startswith("consolidated")]
         or safetensors
-        or [name for name in sizes if name.startswith("pytorch_model") and name.endswith(".bin")]
+        or [name for name in names if name.startswith("pytorch_model") and name.endswith(".bin")]
     )
 
 
 def _tensor_bytes(path: Path) -> Counter[str]:
-    """Bytes by dtype, from the header of a safetensors file: 8 bytes of length, then JSON."""
+    """Bytes by dtype."""
     total: Counter[str] = Counter()
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(_HEADER_LIMIT, os.fstat(file.fileno()).st_size):
-                raise ValueError(f"a header of {length} bytes")
-            for name, tensor in json.loads(file.read(length)).items():
-                if name != "__metadata__":
-                    begin, end = tensor["data_offsets"]
-                    total[tensor["dtype"]] += end - begin
-    except (struct.error, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError("InvalidModel", f"{path.name} is not a safetensors file: {error}") from error
+    with path.open("rb") as file:
+        for tensor in read_header(file, path.name).values():
+            total[tensor.dtype] += tensor.end - tensor.begin
     return total
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """Where a tensor lies in a safetensors file."""
+
+    dtype: str
+    """safetensors' name: a key of `DTYPE_BITS`."""
+    shape: tuple[int, ...]
+    begin: int
+    """Bytes from the start of the file."""
+    end: int
+
+
+def read_header(file: BinaryIO, name: str) -> dict[str, TensorPlace]:
+    """The tensors of a safetensors file: 8 bytes of length, then JSON, then the data.
+
+    Raises CheckpointError (InvalidModel) where `file` is none; `name` is for the message.
+    """
+    try:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > min(_HEADER_LIMIT, size):
+            raise ValueError(f"a header of {length} bytes")
+        return {
+            tensor: TensorPlace(
+                entry["dtype"],
+                tuple(entry["shape"]),
+                8 + length + entry["data_offsets"][0],
+                8 + length + entry["data_offsets"][1],
+            )
+            for tensor, entry in json.loads(file.read(length)).items()
+            if tensor != "__metadata__"
+        }
+    except (struct.error, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError("InvalidModel", f"{name} is not a safetensors file: {error}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,7 +17,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from turboquant_kernels.formats import FORMAT_NAMES, HEAD_DIMS, KVFormat, tier_of
+from turboquant_kernels.formats import FORMAT_NAMES, HEAD_DIMS, TIER_NAMES, TIERS, base_format
+from turboquant_kernels.plans import KVPlan
 
 COMMAND_GROUP = "turboquant.commands"
 
@@ -88,7 +90,7 @@ def formats(
     head_dim: HeadDim = 128,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List every KV format with its bytes per token and KV head."""
+    """List every KV format and tier with its bytes per token and KV head; a tier's key bits are a mean."""
     rows: list[dict[str, Any]] = [
         {
             "name": name,
@@ -96,10 +98,9 @@ def formats(
             "value_bits": fmt.value_bits,
             "bytes_per_token_per_head": fmt.slot_bytes(head_dim),
             "ratio_to_bf16": round(fmt.ratio_to_bf16(head_dim), 3),
-            "tier": tier_of(fmt),
         }
-        for name in FORMAT_NAMES
-        for fmt in [KVFormat.parse(name)]
+        for name in (*TIER_NAMES, *FORMAT_NAMES)
+        for fmt in [base_format(name)]
     ]
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
@@ -108,7 +109,6 @@ def formats(
     table.add_column("name")
     for header in ("key bits", "value bits", "bytes", "x bf16"):
         table.add_column(header, justify="right")
-    table.add_column("tier")
     for row in rows:
         table.add_row(
             row["name"],
@@ -116,7 +116,6 @@ def formats(
             str(row["value_bits"]),
             str(row["bytes_per_token_per_head"]),
             f"{row['ratio_to_bf16']:.2f}",
-            row["tier"] or "",
         )
     Console().print(table)
 
@@ -151,3 +150,83 @@ def validate(
         Console().print(table)
     if not all(check.passed for check in checks):
         raise typer.Exit(1)
+
+
+def _check_tier(name: str) -> str:
+    tier = name.removeprefix("tq-")
+    if tier not in TIERS:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(TIERS)}")
+    return tier
+
+
+def allocate(
+    model: Annotated[str, typer.Argument(help="Model folder, or hub model (org/name).")],
+    tier: Annotated[str, typer.Option(help=f"{', '.join(TIERS)}.", callback=_check_tier)] = "balanced",
+    skip_layers: Annotated[
+        list[int] | None, typer.Option("--skip-layer", min=0, help="Keeps its own dtype; repeatable.")
+    ] = None,
+    revision: Annotated[str, typer.Option(help="Branch, tag or commit of a hub model.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the KV plan alone, as JSON.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Draw the bits of each layer here.")] = None,
+) -> None:
+    """Deal a tier's key bits to a model's layers, as the engine does at start. Exit code 2: bad input."""
+    from turboquant_kernels import allocation
+    from turboquant_kernels.checkpoint import CheckpointError, read_folder, read_hub
+    from turboquant_kernels.tensors import Tensors
+
+    folder = Path(model).expanduser()
+    try:
+        if folder.is_dir():
+            config, tensors = read_folder(folder).config, Tensors.of_folder(folder)
+        else:
+            repository = model.removeprefix("hf://")
+            found = read_hub(repository, revision)
+            config, tensors = found.config, Tensors.of_hub(repository, found.revision)
+        dealt = allocation.allocate(TIERS[tier], tensors, config, skip_layers or ())
+    except (allocation.AllocationError, CheckpointError) as error:
+        typer.echo(f"tq allocate: {error}", err=True)
+        raise typer.Exit(2) from error
+    title = f"{TIERS[tier].cache_dtype} of {folder.name}"
+    if picture is not None:
+        try:
+            _draw_bits(dealt, title, picture)
+        except ModuleNotFoundError as error:
+            typer.echo(f"tq allocate: --picture: {error}; install turboquant-kernels[bench]", err=True)
+            raise typer.Exit(2) from error
+        except (OSError, ValueError) as error:
+            typer.echo(f"tq allocate: --picture {picture}: {error}", err=True)
+            raise typer.Exit(2) from error
+    if as_json:
+        typer.echo(json.dumps(dealt.to_dict(), indent=1))
+        return
+    table = Table(title=title, title_justify="left")
+    for header in ("layer", "key bits", "value bits"):
+        table.add_column(header, justify="right")
+    table.add_column("")
+    for index, layer in enumerate(dealt.layers):
+        table.add_row(str(index), str(layer.key_bits), str(layer.value_bits), "#" * layer.key_bits)
+    Console().print(table)
+
+
+def _draw_bits(plan: KVPlan, title: str, path: Path) -> None:
+    """An svg or png with a bar for each layer: key bits up, value bits down."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "bits"  # the same plan gives the same bytes
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(8, 2.8))
+    layers = range(len(plan.layers))
+    axis.bar(layers, [layer.key_bits for layer in plan.layers], color="#0b6e6e", label="key")
+    axis.bar(layers, [-layer.value_bits for layer in plan.layers], color="#b8b8b8", label="value")
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.set(title=title, xlabel="layer", ylabel="bits a number")
+    axis.yaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
+    for direction in (axis.xaxis, axis.yaxis):
+        direction.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True, steps=[1, 2, 4, 5, 10]))
+    axis.legend(loc="upper right", frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    pyplot.close(figure)

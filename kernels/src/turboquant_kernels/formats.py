@@ -89,7 +89,7 @@ class KVFormat:
             raise ValueError(
                 f"KV format {name!r}: fractional bits are not supported yet; choose a whole number"
             )
-        near = difflib.get_close_matches(name, FORMAT_NAMES, n=4, cutoff=0.5)
+        near = difflib.get_close_matches(name, (*TIER_NAMES, *FORMAT_NAMES), n=4, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else "`tq formats` lists them all."
         raise ValueError(f"unknown KV format {name!r}: {hint}")
 
@@ -158,15 +158,50 @@ COMPRESSED_FORMATS = (
 
 FORMAT_NAMES = tuple(f.name for f in (BF16, FP8, *COMPRESSED_FORMATS))
 
-TIERS = {
-    "near-lossless": KVFormat(8, 4),
-    "balanced": KVFormat(5, 3),
-    "max-capacity": KVFormat(4, 2),
+
+@dataclass(frozen=True)
+class Tier:
+    """A quality that users pick: value bits of every layer, and the mean of the layers' key bits.
+
+    `turboquant_kernels.allocation` deals the key bits to the layers of a model.
+    """
+
+    name: str
+    key_bits: int
+    """Mean over the layers."""
+    value_bits: int
+
+    @property
+    def cache_dtype(self) -> str:
+        """The `--kv-cache-dtype` name."""
+        return f"tq-{self.name}"
+
+    @property
+    def format(self) -> KVFormat:
+        """The format of every layer where bits are not dealt; its bytes are those of the tier."""
+        return KVFormat(self.key_bits, self.value_bits)
+
+
+QUALITIES = {
+    tier.name: tier
+    for tier in (Tier("near-lossless", 8, 4), Tier("balanced", 5, 3), Tier("max-capacity", 4, 2))
 }
-"""Quality tiers, best first, each by its uniform format. Keys want about two bits more than values at the
-same total: measured KL on Gemma-3-270m in docs/fidelity.md."""
+"""The tiers among which format `auto` chooses, best first. Keys want about two bits more than values at the
+same total: docs/fidelity.md."""
+
+TIERS = QUALITIES | {"experimental": Tier("experimental", 3, 2)}
+"""Every tier, best first; the last one by name only."""
+
+TIER_NAMES = tuple(tier.cache_dtype for tier in TIERS.values())
+"""The `--kv-cache-dtype` names of tiers."""
 
 
-def tier_of(fmt: KVFormat) -> str | None:
-    """The tier whose uniform format this is, None for a format that no tier picks."""
-    return next((tier for tier, chosen in TIERS.items() if chosen == fmt), None)
+def find_tier(cache_dtype: str) -> Tier | None:
+    """The tier of a `--kv-cache-dtype` name; None for any other name."""
+    return next((tier for tier in TIERS.values() if tier.cache_dtype == cache_dtype), None)
+
+
+def base_format(cache_dtype: str) -> KVFormat:
+    """The format of every layer that no plan names. ValueError as `KVFormat.parse`."""
+    tier = find_tier(cache_dtype)
+    return tier.format if tier else KVFormat.parse(cache_dtype)

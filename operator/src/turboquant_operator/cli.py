@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from turboquant_kernels.checkpoint import CheckpointError
-from turboquant_kernels.formats import KVFormat
+from turboquant_kernels.formats import base_format
 from turboquant_operator.api.schema import parse_quantity
 from turboquant_operator.api.spec import Architecture, TurboQuantDeploymentSpec
 from turboquant_operator.api.status import Plan
@@ -86,7 +86,7 @@ def _spec(
         _bad_input(f"--tensor {tensor!r} is neither auto nor a number from 1 on")
     try:
         if kv_format != "auto":
-            KVFormat.parse(kv_format)
+            base_format(kv_format)
         if memory is not None:
             parse_quantity(memory)
         return TurboQuantDeploymentSpec.model_validate(

@@ -1,10 +1,11 @@
 """What is chosen, and what is answered where nothing can be."""
 
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
 
-from turboquant_kernels.formats import BF16, FP8, KVFormat
+from turboquant_kernels.formats import BF16, FP8, TIER_NAMES, KVFormat, base_format
 from turboquant_kernels.plans import KVPlan
 from turboquant_operator.api.status import Plan
 from turboquant_operator.planner import NoPlan, make_plan
@@ -25,30 +26,30 @@ def refusal(spec, facts, **more) -> NoPlan:
 
 class TestFormat:
     def test_auto_takes_the_best_tier_where_memory_suffices(self, spec, facts):
-        assert planned(spec(), facts("llama-3.1-8b")).format == "tq-k8v4"
+        assert planned(spec(), facts("llama-3.1-8b")).format == "tq-near-lossless"
 
     def test_auto_goes_down_a_tier_before_it_takes_a_second_gpu(self, spec, facts):
         plan = planned(spec(capacity={"concurrentSequences": 12}), facts("llama-3.1-8b"))
-        assert (plan.format, plan.tensor_parallel_size) == ("tq-k5v3", 1)
-        assert any("tq-k8v4 holds 8 such sequences" in reason for reason in plan.reasons)
+        assert (plan.format, plan.tensor_parallel_size) == ("tq-balanced", 1)
+        assert any("tq-near-lossless holds 8 such sequences" in reason for reason in plan.reasons)
 
     def test_auto_takes_a_second_gpu_rather_than_a_tier_below_the_allowed(self, spec, facts):
         plan = planned(spec(capacity={"concurrentSequences": 16}), facts("llama-3.1-8b"))
-        assert (plan.format, plan.tensor_parallel_size) == ("tq-k8v4", 2)
+        assert (plan.format, plan.tensor_parallel_size) == ("tq-near-lossless", 2)
 
     def test_auto_uses_the_lowest_tier_where_it_is_allowed(self, spec, facts):
         plan = planned(
             spec(capacity={"concurrentSequences": 16}, kvCache={"quality": "max-capacity"}),
             facts("llama-3.1-8b"),
         )
-        assert (plan.format, plan.tensor_parallel_size) == ("tq-k4v2", 1)
+        assert (plan.format, plan.tensor_parallel_size) == ("tq-max-capacity", 1)
 
     def test_auto_never_goes_below_near_lossless_where_that_is_asked(self, spec, facts):
         plan = planned(
             spec(capacity={"concurrentSequences": 12}, kvCache={"quality": "near-lossless"}),
             facts("llama-3.1-8b"),
         )
-        assert (plan.format, plan.tensor_parallel_size) == ("tq-k8v4", 2)
+        assert (plan.format, plan.tensor_parallel_size) == ("tq-near-lossless", 2)
 
     @pytest.mark.parametrize("name", ["bf16", "fp8", "tq-k4v4", "tq-k3v4-prod"])
     def test_a_named_format_is_obeyed(self, spec, facts, name):
@@ -56,16 +57,33 @@ class TestFormat:
         plan = planned(spec(kvCache={"format": name}), facts("llama-3.1-8b"))
         assert (plan.format, plan.key_bits, plan.value_bits) == (name, fmt.key_bits, fmt.value_bits)
 
-    def test_auto_keeps_key_bias_models_in_their_own_dtype_and_says_why(self, spec, facts):
-        plan = planned(spec(), facts("qwen2.5-7b"))
-        assert plan.format == "bf16"
-        assert plan.predicted_tokens == plan.baseline_tokens
-        assert "bias to its keys" in plan.reasons[0]
+    @pytest.mark.parametrize("name", TIER_NAMES)
+    def test_a_named_tier_takes_the_bytes_of_its_mean(self, spec, facts, name):
+        plan = planned(spec(kvCache={"format": name}), facts("llama-3.1-8b"))
+        fmt = base_format(name)
+        assert (plan.format, plan.key_bits, plan.value_bits) == (name, fmt.key_bits, fmt.value_bits)
+        assert plan.kv_bytes_per_token == 32 * 8 * fmt.slot_bytes(128)
+        assert any(f"{name} stores keys with {fmt.key_bits} bits" in reason for reason in plan.reasons)
 
-    def test_a_named_format_on_a_key_bias_model_is_obeyed_with_a_warning(self, spec, facts):
+    @pytest.mark.parametrize("asked", ["auto", "tq-balanced", "tq-near-lossless"])
+    def test_tiers_compress_models_with_a_key_bias_without_a_warning(self, spec, facts, asked):
+        plan = planned(spec(kvCache={"format": asked}), facts("qwen2.5-7b"))
+        assert plan.format == ("tq-near-lossless" if asked == "auto" else asked)
+        assert not any("Warning" in reason for reason in plan.reasons)
+
+    def test_a_format_for_all_layers_of_a_key_bias_model_is_obeyed_with_a_warning(self, spec, facts):
         plan = planned(spec(kvCache={"format": "tq-k4v4"}), facts("qwen2.5-7b"))
         assert plan.format == "tq-k4v4"
         assert any(reason.startswith("Warning:") for reason in plan.reasons)
+
+    def test_auto_leaves_a_key_bias_beside_windows_uncompressed_and_says_why(self, spec, facts):
+        windows = (*facts("qwen2.5-7b").windows[1:], 4096)
+        model = replace(facts("qwen2.5-7b"), windows=windows)
+        plan = planned(spec(), model)
+        assert plan.format == "bf16"
+        assert "bias to its keys" in plan.reasons[0]
+        named = planned(spec(kvCache={"format": "tq-balanced"}), model)
+        assert any(reason.startswith("Warning:") for reason in named.reasons)
 
     def test_fp8_on_cpu_warns_of_the_cpu_and_needs_heads_that_it_can_store(self, spec, facts):
         cpu = {"accelerator": {"type": "cpu"}, "capacity": {"contextLength": 2048}}
@@ -124,10 +142,13 @@ class TestImages:
     def test_text_alone_is_compressed(self, spec, facts):
         text = {"args": ['--limit-mm-per-prompt={"image": 0}']}
         plan = planned(spec(**self.CPU, kvCache={"memory": "8Gi"}, engine=text), facts("gemma-3-4b"))
-        assert plan.format == "tq-k8v4"
+        assert plan.format == "tq-near-lossless"
 
     def test_the_text_model_is_compressed(self, spec, facts):
-        assert planned(spec(**self.CPU, kvCache={"memory": "8Gi"}), facts("gemma-3-1b")).format == "tq-k8v4"
+        assert (
+            planned(spec(**self.CPU, kvCache={"memory": "8Gi"}), facts("gemma-3-1b")).format
+            == "tq-near-lossless"
+        )
 
 
 class TestKVPlan:
@@ -380,17 +401,17 @@ class TestReport:
         assert found == {
             ("bf16", 1),
             ("fp8", 1),
-            ("tq-k5v3", 1),
-            ("tq-k4v2", 1),
-            ("tq-k8v4", 2),
-            ("tq-k8v4", 4),
-            ("tq-k8v4", 8),
+            ("tq-balanced", 1),
+            ("tq-max-capacity", 1),
+            ("tq-near-lossless", 2),
+            ("tq-near-lossless", 4),
+            ("tq-near-lossless", 8),
         }
 
     def test_alternatives_say_whether_they_fit(self, spec, facts):
         plan = planned(spec(capacity={"concurrentSequences": 12}), facts("llama-3.1-8b"))
         fits = {other.format: other.fits for other in plan.alternatives if other.tensor_parallel_size == 1}
-        assert fits == {"bf16": False, "fp8": False, "tq-k8v4": False, "tq-k4v2": True}
+        assert fits == {"bf16": False, "fp8": False, "tq-near-lossless": False, "tq-max-capacity": True}
 
     def test_draft_models_are_said_not_to_be_counted(self, spec, facts):
         plan = planned(spec(engine={"args": ["--speculative-config={}"]}), facts("llama-3.1-8b"))

@@ -10,10 +10,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from turboquant_kernels.formats import BF16, COMPRESSED_FORMATS, HEAD_DIMS, PAGE_TOKENS, KVFormat
+from turboquant_kernels.formats import (
+    BF16,
+    COMPRESSED_FORMATS,
+    HEAD_DIMS,
+    PAGE_TOKENS,
+    TIER_NAMES,
+    KVFormat,
+    base_format,
+)
 from turboquant_kernels.plans import PLAN_KEY, KVPlan
 
-CACHE_DTYPES = frozenset(fmt.name for fmt in COMPRESSED_FORMATS)
+CACHE_DTYPES = frozenset((*TIER_NAMES, *(fmt.name for fmt in COMPRESSED_FORMATS)))
 """The values of `--kv-cache-dtype` that this package adds to vLLM's own."""
 
 MIN_COMPUTE_CAPABILITY = (8, 0)
@@ -106,11 +114,11 @@ def requested_plan(cache_dtype: str, additional_config: Mapping[str, Any], num_l
         if document is not None:
             raise RefusedConfiguration(
                 f"a KV plan needs a compressed --kv-cache-dtype, not {cache_dtype!r}: add "
-                f"--kv-cache-dtype tq-k4v4, or leave {PLAN_KEY!r} out of --additional-config"
+                f"--kv-cache-dtype tq-balanced, or leave {PLAN_KEY!r} out of --additional-config"
             )
         return None
     if document is None:
-        return KVPlan.uniform(KVFormat.parse(cache_dtype), num_layers)
+        return KVPlan.uniform(base_format(cache_dtype), num_layers)
     if not isinstance(document, dict):
         raise RefusedConfiguration(
             f"KV plan: {PLAN_KEY!r} in --additional-config is {document!r}, not an object; "

@@ -38,7 +38,8 @@ def _portable_variants() -> Iterator[AotVariant]:
     for fmt in COMPRESSED_FORMATS:
         for head_dim in HEAD_DIMS:
             yield _portable_variant(fmt, head_dim, group=4)
-    for fmt in TIERS.values():
+    for tier in TIERS.values():
+        fmt = tier.format
         for group in (8, 16):
             for head_dim in (128, 256):
                 yield _portable_variant(fmt, head_dim, group)

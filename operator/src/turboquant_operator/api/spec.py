@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from turboquant_kernels.formats import FORMAT_NAMES, TIERS
+from turboquant_kernels.formats import FORMAT_NAMES, QUALITIES, TIER_NAMES
 from turboquant_operator.api import GROUP
 from turboquant_operator.api.schema import AnyObject, APIModel, Quantity, Resources, Tensor, rule, rules
 
@@ -167,9 +167,10 @@ class Model(APIModel):
 class KVCache(APIModel):
     """How keys and values are stored."""
 
-    format: Literal["auto", *FORMAT_NAMES] = "auto"  # type: ignore[valid-type]
-    """auto, bf16, fp8 or a TurboQuant format, by its `--kv-cache-dtype` name; it sets both bit widths."""
-    quality: Literal[tuple(TIERS)] = "balanced"  # type: ignore[valid-type]
+    format: Literal["auto", *TIER_NAMES, *FORMAT_NAMES] = "auto"  # type: ignore[valid-type]
+    """auto, bf16, fp8, a tier such as tq-balanced, which gives each layer its own bits, or a TurboQuant
+    format for all layers alike: `--kv-cache-dtype` names."""
+    quality: Literal[tuple(QUALITIES)] = "balanced"  # type: ignore[valid-type]
     """The lowest tier that format auto may use."""
     plan_ref: ConfigMapReference | None = None
     """ConfigMap whose key `plan.json` is a KV plan: bits per layer."""

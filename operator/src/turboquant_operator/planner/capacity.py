@@ -79,7 +79,7 @@ def layer_caches(
     """
     heads = max(1, facts.key_value_heads // tensor)
     block, plain, padding = settings.block_tokens, settings.block_tokens, 0
-    if len(set(facts.windows)) > 1 and BF16 in formats and any(fmt.compressed for fmt in formats):
+    if facts.shares_page_size and BF16 in formats and any(fmt.compressed for fmt in formats):
         block, plain, padding = _blocks_of_one_size(facts, formats, settings)
     return tuple(
         LayerCache(window, plain, heads * format_bytes(fmt, facts, plain), heads * padding)

@@ -10,7 +10,7 @@ bias) or cannot store (head_dim), which `auto` leaves in their own dtype.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from turboquant_kernels.formats import BF16, FP8, HEAD_DIMS, TIERS, KVFormat
+from turboquant_kernels.formats import BF16, FP8, HEAD_DIMS, QUALITIES, KVFormat, base_format, find_tier
 from turboquant_kernels.plans import KVPlan
 from turboquant_operator.api.schema import parse_quantity
 from turboquant_operator.api.spec import TurboQuantDeploymentSpec
@@ -146,7 +146,7 @@ def _check_gpu(gpu: Accelerator, facts: ModelFacts) -> NoPlan | None:
 
 
 def _named_formats(spec: TurboQuantDeploymentSpec) -> tuple[KVFormat, ...]:
-    return () if spec.kv_cache.format == "auto" else (KVFormat.parse(spec.kv_cache.format),)
+    return () if spec.kv_cache.format == "auto" else (base_format(spec.kv_cache.format),)
 
 
 def _context_length(spec: TurboQuantDeploymentSpec, facts: ModelFacts) -> int | NoPlan:
@@ -183,20 +183,23 @@ def _choices(
         layers = tuple(BF16 if i in skip else fmt for i, fmt in enumerate(kv_plan.layers))
         return [Choice(_most_common(kv_plan).name, layers)], ["kvCache.planRef names the bits of each layer."]
     if named := _named_formats(spec):
-        reasons = [f"kvCache.format asks for {named[0].name}."]
-        if named[0].compressed and facts.key_bias:
+        name = spec.kv_cache.format
+        tier = find_tier(name)
+        choice = Choice.of_tier(tier, facts, skip) if tier else Choice.uniform(named[0], facts, skip)
+        reasons = [f"kvCache.format asks for {name}."]
+        if named[0].compressed and facts.key_bias and not _bits_are_dealt(choice, facts):
             reasons.append(
-                f"Warning: {facts.architecture} adds a bias to its keys, which {named[0].name} stores badly. "
-                "Expect a loss of quality and compare with bf16 before relying on it."
+                f"Warning: {facts.architecture} adds a bias to its keys, which the same bits in every layer "
+                "store badly. Expect a loss of quality and compare with bf16 before relying on it."
             )
         if named[0] == FP8 and spec.accelerator.type == CPU:
             reasons.append("Warning: the engine starts with fp8 only on CPUs with AVX-512 or AMX.")
-        return [Choice.uniform(named[0], facts, skip)], reasons
-    if facts.key_bias:
+        return [choice], reasons
+    if facts.key_bias and facts.shares_page_size:
         return [Choice.uniform(BF16, facts)], [
-            f"{facts.architecture} adds a bias to its keys, which the compressed formats store badly until "
-            "they have key anchors: auto keeps its cache in the model's own dtype. Name a format to "
-            "compress it anyway."
+            f"{facts.architecture} adds a bias to its keys, which wants more bits in some layers than in "
+            "others, and sliding windows make its layers share pages of one size: auto keeps its cache in "
+            "the model's own dtype. Name a format to compress it anyway."
         ]
     if images:
         return [Choice.uniform(BF16, facts)], [
@@ -209,9 +212,14 @@ def _choices(
             f"No compressed format stores heads of {facts.head_dim} elements: auto keeps the cache in the "
             "model's own dtype."
         ]
-    tiers = list(TIERS)
-    allowed = tiers[: tiers.index(spec.kv_cache.quality) + 1]
-    return [Choice.uniform(TIERS[tier], facts, skip, tier) for tier in allowed], []
+    qualities = list(QUALITIES)
+    allowed = qualities[: qualities.index(spec.kv_cache.quality) + 1]
+    return [Choice.of_tier(QUALITIES[name], facts, skip) for name in allowed], []
+
+
+def _bits_are_dealt(choice: Choice, facts: ModelFacts) -> bool:
+    """Whether the engine gives layers with larger keys more bits, or all layers the most there are."""
+    return choice.tier is not None and not facts.shares_page_size
 
 
 def _most_common(kv_plan: KVPlan) -> KVFormat:
@@ -290,7 +298,7 @@ def _plan_on(gpu: Accelerator | None, request: _Request) -> Plan | NoPlan:
         )
 
     options = [option(choice, tensor) for tensor in sizes for choice in choices]
-    tiers = [Choice.uniform(fmt, facts, spec.kv_cache.skip_layers, tier) for tier, fmt in TIERS.items()]
+    tiers = [Choice.of_tier(tier, facts, spec.kv_cache.skip_layers) for tier in QUALITIES.values()]
     if facts.head_dim not in HEAD_DIMS:
         tiers = []
     wanted = spec.capacity.concurrent_sequences

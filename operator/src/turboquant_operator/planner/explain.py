@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from turboquant_kernels.formats import KEY_BITS, TIERS
 from turboquant_operator.planner.accelerators import Accelerator
 from turboquant_operator.planner.memory import weight_bytes_per_gpu
 from turboquant_operator.planner.options import Option
@@ -55,7 +56,7 @@ def why(
             "such sequences."
         )
     if chosen.choice.tier:
-        sentences.append(f"{chosen.choice.name} is the {chosen.choice.tier} tier.")
+        sentences.append(_tier_bits(chosen))
     if baseline.tokens and chosen.choice.formats != baseline.choice.formats:
         sentences.append(
             f"In the model's own dtype the same memory would hold {baseline.tokens:,} tokens: this is "
@@ -74,6 +75,17 @@ def why(
     if chosen.settings.extra_models:
         sentences.append("Memory of draft models and LoRA adapters is not counted.")
     return sentences
+
+
+def _tier_bits(chosen: Option) -> str:
+    tier = TIERS[chosen.choice.tier or ""]
+    values = f"values {tier.value_bits}"
+    if tier.key_bits == max(KEY_BITS) or chosen.facts.shares_page_size:
+        return f"{tier.cache_dtype} stores keys with {tier.key_bits} bits a number and {values}."
+    return (
+        f"{tier.cache_dtype} stores keys with {tier.key_bits} bits a number in the mean, more in the layers "
+        f"that need them, and {values}."
+    )
 
 
 def insufficient(
@@ -100,8 +112,8 @@ def insufficient(
         ways.append(f"lower capacity.contextLength to {shorter}")
     if lower_tier:
         ways.append(
-            f"allow kvCache.quality {lower_tier.choice.tier} ({lower_tier.choice.name} on "
-            f"{place(gpu, lower_tier)} holds {lower_tier.sequences})"
+            f"allow kvCache.quality {lower_tier.choice.tier} (on {place(gpu, lower_tier)} it holds "
+            f"{lower_tier.sequences})"
         )
     blocks = wanted * best.cache_layout.blocks_per_sequence(context, best.in_flight_tokens) + 1
     need = blocks * best.cache_layout.bytes_per_block

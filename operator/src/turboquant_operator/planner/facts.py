@@ -85,6 +85,11 @@ class ModelFacts:
         """Number of attention layers."""
         return len(self.windows)
 
+    @property
+    def shares_page_size(self) -> bool:
+        """Whether the engine gives all layers pages of one size in bytes, as it does beside windows."""
+        return len(set(self.windows)) > 1
+
     def to_status(self, revision: str = "") -> ModelStatus:
         """These facts as `status.model`; sizes that are unknown are 0."""
         return ModelStatus(

@@ -1,10 +1,10 @@
 """One possible plan: a KV format on a number of GPUs, with the capacity that it gives."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
-from turboquant_kernels.formats import ANCHOR_TOKENS, BF16, KVFormat
+from turboquant_kernels.formats import ANCHOR_TOKENS, BF16, KVFormat, Tier
 from turboquant_operator.planner.capacity import CacheLayout, format_bytes, layer_caches, layout
 from turboquant_operator.planner.engine import EngineSettings
 from turboquant_operator.planner.facts import ModelFacts
@@ -17,17 +17,21 @@ class Choice:
     name: str
     """What `--kv-cache-dtype` names."""
     formats: tuple[KVFormat, ...]
-    """One per attention layer; `BF16` stands for the model's own dtype."""
+    """One per attention layer; `BF16` stands for the model's own dtype. Of a tier the mean, which takes the
+    same bytes as what the engine deals."""
     tier: str | None = None
     """The quality tier that this is, where it is one."""
 
     @classmethod
-    def uniform(
-        cls, fmt: KVFormat, facts: ModelFacts, skip: Iterable[int] = (), tier: str | None = None
-    ) -> "Choice":
+    def uniform(cls, fmt: KVFormat, facts: ModelFacts, skip: Iterable[int] = ()) -> "Choice":
         """One format for all layers but the skipped ones, which stay in the model's own dtype."""
         skipped = set(skip)
-        return cls(fmt.name, tuple(BF16 if i in skipped else fmt for i in range(facts.layers)), tier)
+        return cls(fmt.name, tuple(BF16 if i in skipped else fmt for i in range(facts.layers)))
+
+    @classmethod
+    def of_tier(cls, tier: Tier, facts: ModelFacts, skip: Iterable[int] = ()) -> "Choice":
+        """A tier, each layer with its mean of bits: the engine deals them at equal bytes."""
+        return replace(cls.uniform(tier.format, facts, skip), name=tier.cache_dtype, tier=tier.name)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import vllm.envs
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
-from turboquant_kernels.formats import KVFormat
+from turboquant_kernels.formats import KVFormat, base_format
 from turboquant_kernels.plans import KVPlan
 from turboquant_runtime.configuration import EngineFacts, attention_layers, requested_plan
 
@@ -20,7 +20,7 @@ def plan_of(vllm_config: VllmConfig) -> KVPlan | None:
     return requested_plan(
         vllm_config.cache_config.cache_dtype,
         additional if isinstance(additional, dict) else {},
-        len(_attention_layers(vllm_config)),
+        len(attention_layer_indices(vllm_config)),
     )
 
 
@@ -33,9 +33,9 @@ def layer_format(vllm_config: VllmConfig, layer_name: str) -> KVFormat:
     """
     plan = plan_of(vllm_config)
     assert plan is not None, "only layers with a compressed format are asked for"
-    by_index = dict(zip(_attention_layers(vllm_config), plan.layers, strict=True))
+    by_index = dict(zip(attention_layer_indices(vllm_config), plan.layers, strict=True))
     if is_draft_layer(vllm_config, layer_name) or (index := _layer_index(layer_name)) not in by_index:
-        return KVFormat.parse(vllm_config.cache_config.cache_dtype)
+        return base_format(vllm_config.cache_config.cache_dtype)
     return by_index[index]
 
 
@@ -47,7 +47,7 @@ def is_draft_layer(vllm_config: VllmConfig, layer_name: str) -> bool:
 
 def plain_layer_indices(vllm_config: VllmConfig, plan: KVPlan) -> list[int]:
     """Layers of the model that the plan keeps in the model's own dtype."""
-    layers = _attention_layers(vllm_config)
+    layers = attention_layer_indices(vllm_config)
     return [layer for layer, fmt in zip(layers, plan.layers, strict=True) if not fmt.compressed]
 
 
@@ -60,7 +60,7 @@ def facts_of(vllm_config: VllmConfig) -> EngineFacts:
         device="rocm" if current_platform.is_rocm() else current_platform.device_type,
         compute_capability=_compute_capability(),
         dtype=str(model.dtype).removeprefix("torch."),
-        num_layers=len(_attention_layers(vllm_config)),
+        num_layers=len(attention_layer_indices(vllm_config)),
         head_dim=model.get_head_size(),
         draft_head_dim=draft.get_head_size() if draft else None,
         block_size=vllm_config.cache_config.block_size,
@@ -83,7 +83,7 @@ def _target_model(vllm_config: VllmConfig) -> Any:
     return (speculative.target_model_config if speculative else None) or vllm_config.model_config
 
 
-def _attention_layers(vllm_config: VllmConfig) -> tuple[int, ...]:
+def attention_layer_indices(vllm_config: VllmConfig) -> tuple[int, ...]:
     """Indices of the target model's layers that have attention."""
     model = _target_model(vllm_config)
     layer_types = None

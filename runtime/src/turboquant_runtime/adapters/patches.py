@@ -27,11 +27,12 @@ import vllm.config.cache
 import vllm.utils.torch_utils
 from vllm.config import VllmConfig
 
-from turboquant_kernels.formats import COMPRESSED_FORMATS, KVFormat
+from turboquant_kernels.formats import base_format
 from turboquant_kernels.packing import PAGE_LAYOUT_VERSION
 from turboquant_kernels.plans import KVPlan
 from turboquant_runtime.adapters.engine_config import plan_of
 from turboquant_runtime.capacity import REPORTED, CacheCapacity
+from turboquant_runtime.configuration import CACHE_DTYPES
 
 
 @cache
@@ -65,7 +66,7 @@ def _accept_cache_dtypes() -> None:
     closed and checked at each of these places. From vLLM 0.33 on `register_kv_cache_dtype` replaces all of
     this.
     """
-    names = tuple(fmt.name for fmt in COMPRESSED_FORMATS)
+    names = tuple(sorted(CACHE_DTYPES))
     config = vllm.config.cache.CacheConfig
     extended = Literal[(*get_args(vllm.config.cache.CacheDType), *names)]  # type: ignore[valid-type]
     config.__annotations__["cache_dtype"] = extended
@@ -87,7 +88,7 @@ def _cache_dtype_argument(value: str) -> str:
     """The `type` of the argparse entry: for a misspelt name of ours the near ones, not a list of forty."""
     if value.startswith("tq-"):
         try:
-            KVFormat.parse(value)
+            base_format(value)
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from error
     return value

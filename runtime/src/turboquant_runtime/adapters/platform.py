@@ -34,8 +34,10 @@ class CompressedCaches:
             return
         from turboquant_runtime.adapters.engine_config import facts_of, plain_layer_indices, plan_of
         from turboquant_runtime.adapters.patches import patch_front_end
+        from turboquant_runtime.adapters.tiers import deal_tier
 
         try:
+            deal_tier(vllm_config)
             plan = plan_of(vllm_config)
             if plan is None:
                 return

@@ -1,0 +1,102 @@
+"""The weight of a linear layer as numbers, from however a checkpoint stores it.
+
+Plain, with scales (fp8, int8), or as packed integers with a scale and a zero point for each group of inputs:
+GPTQ's layout, AWQ's, and the `pack-quantized` one of compressed-tensors.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from turboquant_kernels.tensors import Tensors
+
+_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
+"""Where each of eight neighbouring outputs lies in AWQ's packed word, from the lowest bits on."""
+
+
+def read_linear(tensors: Tensors, name: str, quantization: Mapping[str, Any]) -> torch.Tensor | None:
+    """Weight float32 [outputs, inputs] of the layer `name`; None where it is stored in no known way.
+
+    `quantization` is `quantization_config` of config.json.
+    """
+    if f"{name}.weight" in tensors:
+        return _scaled(tensors, name)
+    bits = int(quantization.get("bits", quantization.get("w_bit", 4)))
+    if f"{name}.weight_packed" in tensors:
+        return _pack_quantized(tensors, name)
+    if f"{name}.qweight" in tensors and quantization.get("quant_method") == "gptq":
+        return _gptq(tensors, name, bits, quantization.get("checkpoint_format") != "gptq_v2")
+    if f"{name}.qweight" in tensors and quantization.get("quant_method") == "awq" and bits == 4:
+        return _awq(tensors, name)
+    return None
+
+
+def _scaled(tensors: Tensors, name: str) -> torch.Tensor | None:
+    """A weight and its scale, if it has one: for the tensor, a row, or a block."""
+    weight = tensors.read(f"{name}.weight")
+    if weight.dtype in (torch.uint8, torch.int32):  # numbers of 4 bits
+        return None
+    weight = weight.float()
+    for suffix in ("weight_scale", "weight_scale_inv"):
+        if f"{name}.{suffix}" in tensors:
+            return weight * _spread(tensors.read(f"{name}.{suffix}").float(), weight.shape)
+    return weight
+
+
+def _spread(scale: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """A scale [], [1], [rows], [rows, 1] or one for each block, for the elements of a weight."""
+    if scale.numel() == 1:
+        return scale.reshape(1, 1)
+    if scale.dim() == 1:
+        return scale[:, None]
+    for axis in (0, 1):
+        # Blocks are powers of two; the last one of a row or column may be smaller.
+        size = -(-shape[axis] // scale.shape[axis])
+        scale = scale.repeat_interleave(1 << (size - 1).bit_length(), dim=axis).narrow(axis, 0, shape[axis])
+    return scale
+
+
+def _pack_quantized(tensors: Tensors, name: str) -> torch.Tensor | None:
+    """Inputs are packed, scales are [outputs, groups]; without zero points they are in the middle."""
+    scale = tensors.read(f"{name}.weight_scale").float()
+    packed = tensors.read(f"{name}.weight_packed")
+    inputs = int(tensors.read(f"{name}.weight_shape")[1])
+    bits = 32 * packed.shape[1] // inputs
+    if f"{name}.weight_zero_point" in tensors or bits not in (4, 8):
+        return None
+    levels = _unpack(packed, bits)[:, :inputs].float() - (1 << (bits - 1))
+    return levels * scale.repeat_interleave(inputs // scale.shape[1], dim=1)
+
+
+def _gptq(tensors: Tensors, name: str, bits: int, zeros_less_one: bool) -> torch.Tensor | None:
+    """Inputs are packed, scales and zero points are [groups, outputs], the latter packed by outputs."""
+    if bits not in (4, 8):
+        return None
+    levels = _unpack(tensors.read(f"{name}.qweight").T.contiguous(), bits).float()
+    zeros = _unpack(tensors.read(f"{name}.qzeros"), bits).T.float() + int(zeros_less_one)
+    scale = tensors.read(f"{name}.scales").T.float()
+    if f"{name}.g_idx" in tensors:
+        group = tensors.read(f"{name}.g_idx").long()
+    else:
+        group = torch.arange(levels.shape[1]) // (levels.shape[1] // scale.shape[1])
+    return (levels - zeros[:, group]) * scale[:, group]
+
+
+def _awq(tensors: Tensors, name: str) -> torch.Tensor:
+    """Outputs are packed in AWQ's order; scales and zero points are [groups, outputs]."""
+    scale = tensors.read(f"{name}.scales").float()
+
+    def unpack(which: str) -> torch.Tensor:
+        words = _unpack(tensors.read(f"{name}.{which}"), 4).unflatten(1, (-1, 8))
+        return words[..., list(_AWQ_ORDER)].flatten(1).float()
+
+    levels, zeros = unpack("qweight"), unpack("qzeros")
+    size = len(levels) // len(scale)
+    return ((levels - zeros.repeat_interleave(size, 0)) * scale.repeat_interleave(size, 0)).T
+
+
+def _unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """int32 [rows, n] -> int32 [rows, n * 32 / bits]: the integers in each word, from the lowest bits on."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    return ((words[..., None] >> shifts) & ((1 << bits) - 1)).flatten(1)

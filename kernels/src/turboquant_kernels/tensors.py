@@ -1,0 +1,73 @@
+"""Single tensors of a model's safetensors files, from a folder or by ranges from a Hugging Face hub.
+
+Only what is asked for is read: of a hub's model the headers and the tensors that are named, not its weights.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from turboquant_kernels.checkpoint import TensorPlace, read_header, weight_files
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+
+
+class Tensors:
+    """The tensors of one model, by name.
+
+    `names` are its files, of which those that hold weights are read; `open_file` opens one, seekable. Raises
+    CheckpointError (InvalidModel) where one is no safetensors file.
+    """
+
+    def __init__(self, names: Collection[str], open_file: Callable[[str], Any]) -> None:
+        self._open_file = open_file
+        self._places: dict[str, tuple[str, TensorPlace]] = {}
+        for name in weight_files(names):
+            if name.endswith(".safetensors"):
+                with open_file(name) as file:
+                    places = read_header(file, name)
+                self._places.update({tensor: (name, place) for tensor, place in places.items()})
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> "Tensors":
+        """Of a model's folder."""
+        return cls([entry.name for entry in folder.iterdir()], lambda name: (folder / name).open("rb"))
+
+    @classmethod
+    def of_hub(cls, repository: str, revision: str = "") -> "Tensors":
+        """Of a model of the hub that HF_ENDPOINT names."""
+        from huggingface_hub import HfFileSystem
+
+        hub = HfFileSystem()
+        root = f"{repository}@{revision}" if revision else repository
+        names = [path.rsplit("/", 1)[-1] for path in hub.ls(root, detail=False)]
+        return cls(names, lambda name: hub.open(f"{root}/{name}", "rb", cache_type="none"))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor in its own dtype, on the CPU. KeyError for a name or a dtype that is not known."""
+        file_name, place = self._places[name]
+        dtype = _DTYPES[place.dtype]
+        with self._open_file(file_name) as file:
+            file.seek(place.begin)
+            data = bytearray(file.read(place.end - place.begin))
+        return torch.frombuffer(data, dtype=dtype).reshape(place.shape)

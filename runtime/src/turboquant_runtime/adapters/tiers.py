@@ -1,0 +1,74 @@
+"""A tier's key bits, dealt to the model's layers before the engine starts.
+
+`--kv-cache-dtype tq-balanced` is all that a user says. Where vLLM's configuration is made, once for all
+processes of an engine, the bits are dealt from the weights' files, and the plan joins `additional_config` as
+if the user had given it: workers and engine core, every rank and every replica have the same.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+
+from turboquant_kernels.allocation import AllocationError, allocate
+from turboquant_kernels.checkpoint import CheckpointError
+from turboquant_kernels.formats import Tier, find_tier
+from turboquant_kernels.plans import PLAN_KEY, KVPlan
+from turboquant_kernels.tensors import Tensors
+from turboquant_runtime.adapters.engine_config import attention_layer_indices
+
+logger = init_logger("vllm.turboquant")
+
+_FILE_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer")
+"""Values of `--load-format` that read the safetensors files of a model."""
+
+
+def deal_tier(vllm_config: VllmConfig) -> None:
+    """Puts the plan of the tier that `--kv-cache-dtype` names into the configuration, unless it has one.
+
+    Where bits cannot be dealt every layer gets the tier's mean, and a warning says why.
+    """
+    tier = find_tier(vllm_config.cache_config.cache_dtype)
+    additional = vllm_config.additional_config
+    if tier is None or not isinstance(additional, dict) or PLAN_KEY in additional:
+        return
+    try:
+        plan = _plan(vllm_config, tier)
+    except (AllocationError, CheckpointError, OSError) as error:
+        logger.warning("%s: %s in every layer: %s", tier.cache_dtype, tier.format.name, error)
+        return
+    logger.info("%s: key bits by layer %s", tier.cache_dtype, " ".join(str(f.key_bits) for f in plan.layers))
+    # A new one: the dict may be the user's, who starts another model with it.
+    vllm_config.additional_config = {**additional, PLAN_KEY: plan.to_dict()}
+
+
+def _plan(vllm_config: VllmConfig, tier: Tier) -> KVPlan:
+    model, load = vllm_config.model_config, vllm_config.load_config
+    if model.is_hybrid:
+        raise AllocationError("linear-attention or Mamba layers make all share pages of one size")
+    if load.load_format not in _FILE_FORMATS:
+        raise AllocationError(f"--load-format {load.load_format} reads no safetensors files")
+    indices = attention_layer_indices(vllm_config)
+    skip = [int(name) for name in vllm_config.cache_config.kv_cache_dtype_skip_layers if name.isdigit()]
+    plan = allocate(tier, Tensors.of_folder(_folder(model, load)), model.hf_config.to_dict(), skip)
+    if len(plan.layers) != len(indices):
+        raise AllocationError(f"the files have {len(plan.layers)} attention layers, the model {len(indices)}")
+    return plan
+
+
+def _folder(model: Any, load: Any) -> Path:
+    """The model's files, which are downloaded here, ahead of vLLM's loader, where the hub has them."""
+    if Path(model.model).is_dir():
+        return Path(model.model)
+    from vllm.model_executor.model_loader.weight_utils import download_weights_from_hf
+
+    return Path(
+        download_weights_from_hf(
+            model.model,
+            load.download_dir,
+            ["*.safetensors"],
+            model.revision,
+            ignore_patterns=load.ignore_patterns,
+        )
+    )
