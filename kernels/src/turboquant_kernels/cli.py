@@ -183,7 +183,7 @@ def allocate(
             found = read_hub(repository, revision)
             config, tensors = found.config, Tensors.of_hub(repository, found.revision)
         dealt = allocation.allocate(TIERS[tier], tensors, config, skip_layers or ())
-    except (allocation.AllocationError, CheckpointError) as error:
+    except (allocation.AllocationError, CheckpointError, OSError) as error:
         typer.echo(f"tq allocate: {error}", err=True)
         raise typer.Exit(2) from error
     title = f"{TIERS[tier].cache_dtype} of {folder.name}"
