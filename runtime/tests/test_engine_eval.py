@@ -31,7 +31,7 @@ def test_the_command_measures_every_engine(gemma, text_file, tmp_path) -> None:
         [*command, "--log", str(tmp_path / "log")],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
         env=os.environ,
     )
     assert result.returncode == 0, result.stderr + (tmp_path / "log").read_text()
