@@ -20,19 +20,23 @@ PIPELINE = pytest.mark.skip(
 
 
 @pytest.mark.parametrize("parallel", ["tensor", pytest.param("pipeline", marks=PIPELINE)])
-def test_two_workers_answer_as_one_and_hold_twice_as_much(start_engine, dummy_model, parallel: str) -> None:
+@pytest.mark.parametrize(("shape", "cache"), [("LLAMA", "tq-k4v4"), ("QWEN2", "tq-balanced")])
+def test_two_workers_answer_as_one_and_hold_twice_as_much(
+    start_engine, dummy_model, parallel: str, shape: str, cache: str
+) -> None:
+    """Where a tier gives layers bits of their own, all workers have the same."""
     from turboquant_runtime.adapters.baseline import measure_capacity
 
     start = partial(
         start_engine,
-        dummy_model("LLAMA", weights=0),
+        dummy_model(shape, weights=0),
         dtype="float32",
         kv_cache_memory_bytes=MEMORY,
         max_model_len=1024,
         max_num_batched_tokens=512,
     )
-    one = start("tq-k4v4")
-    two = start("tq-k4v4", **{f"{parallel}_parallel_size": 2}, distributed_executor_backend="mp")
+    one = start(cache)
+    two = start(cache, **{f"{parallel}_parallel_size": 2}, distributed_executor_backend="mp")
     try:
         outputs, expected = (engine.generate(PROMPTS, MAX_TOKENS, logprobs=2) for engine in (two, one))
         specs = two.executor.get_kv_cache_specs()
