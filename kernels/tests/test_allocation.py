@@ -1,5 +1,6 @@
 """Key bits by layer: how they are dealt, and what is read of a model's weights."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ CONFIG = {
     "num_attention_heads": HEADS,
     "num_key_value_heads": KV_HEADS,
     "head_dim": HEAD_DIM,
+    "num_hidden_layers": 12,
 }
 
 
@@ -176,6 +178,38 @@ class TestSensitivities:
         with pytest.raises(AllocationError, match="no tensors named"):
             read(tmp_path, {"transformer.h.0.attn.c_attn.weight": torch.ones(3, 3)})
 
+    def test_the_bias_of_the_norm_before_makes_one_of_keys(self, tmp_path):
+        tensors = weights()
+        constant = torch.randn(HIDDEN) * 20
+        tensors["model.layers.0.input_layernorm.bias"] = constant
+        (tmp_path / "a").mkdir()
+        plain = read(tmp_path / "a", weights())
+        gains = tensors["model.layers.0.input_layernorm.weight"]
+        energies = [
+            float((w * gains).square().sum() + (w @ constant).square().sum())
+            for w in (tensors[f"model.layers.0.self_attn.{which}_proj.weight"] for which in "qk")
+        ]
+        assert read(tmp_path, tensors) == pytest.approx([energies[0] * energies[1], *plain[1:]])
+
+    @pytest.mark.parametrize("names", [("query_layernorm", "key_layernorm"), ("q_layernorm", "k_layernorm")])
+    def test_norms_of_queries_and_keys_by_other_names(self, tmp_path, names):
+        tensors = weights()
+        for layer in range(4):
+            for name in names:
+                tensors[f"model.layers.{layer}.self_attn.{name}.weight"] = torch.full(
+                    (HEAD_DIM,), 1.0 + layer
+                )
+        assert read(tmp_path, tensors) == pytest.approx([(HEAD_DIM * (1 + n) ** 2) ** 2 for n in range(4)])
+
+    def test_layers_without_a_norm_that_is_known_are_refused(self, tmp_path):
+        tensors = {name: t for name, t in weights().items() if "layernorm" not in name}
+        with pytest.raises(AllocationError, match=r"no tensor named model\.layers\.0\.input_layernorm"):
+            read(tmp_path, tensors)
+        assert read(tmp_path, tensors, model_type="olmo")
+
+    def test_a_layer_behind_the_last_is_left_out(self, tmp_path):
+        assert len(read(tmp_path, weights(layers=5), num_hidden_layers=4)) == 4
+
     def test_packed_weights_of_an_unknown_kind_are_refused(self, tmp_path):
         tensors = weights()
         tensors["model.layers.0.self_attn.q_proj.weight"] = torch.ones(8, 8, dtype=torch.uint8)
@@ -212,11 +246,51 @@ class TestAllocate:
         with pytest.raises(AllocationError, match="pages of one size"):
             allocate(TIERS["balanced"], Tensors.of_folder(tmp_path), CONFIG | config)
 
-    def test_the_text_models_config_counts(self, tmp_path):
+    @pytest.mark.parametrize(
+        "nested",
+        [
+            {"text_config": CONFIG},
+            {"llm_config": CONFIG},
+            {"thinker_config": {"text_config": CONFIG}},
+        ],
+    )
+    def test_the_text_models_config_counts(self, tmp_path, nested):
         read(tmp_path, weights())
         tensors = Tensors.of_folder(tmp_path)
         tier = TIERS["balanced"]
-        assert allocate(tier, tensors, {"text_config": CONFIG}) == allocate(tier, tensors, CONFIG)
+        assert allocate(tier, tensors, nested) == allocate(tier, tensors, CONFIG)
+
+    @pytest.mark.parametrize("field", ["num_attention_heads", "num_hidden_layers"])
+    @pytest.mark.parametrize("value", [None, "absent"])
+    def test_a_config_that_does_not_say_is_one_line(self, tmp_path, field, value):
+        read(tmp_path, weights())
+        config = CONFIG | {field: value, "head_dim": None}
+        if value == "absent":
+            del config[field]
+        with pytest.raises(AllocationError, match=r"config\.json"):
+            allocate(TIERS["balanced"], Tensors.of_folder(tmp_path), config)
+
+    @pytest.mark.parametrize("field", [{"mamba_d_state": 64}, {"full_attention_interval": 4}])
+    def test_hybrids_are_refused(self, tmp_path, field):
+        read(tmp_path, weights())
+        with pytest.raises(AllocationError, match="windows or states"):
+            allocate(TIERS["balanced"], Tensors.of_folder(tmp_path), CONFIG | field)
+
+    @pytest.mark.parametrize(
+        ("skip", "says"), [([4], "has layers 0 to 3"), (range(4), "all layers are skipped")]
+    )
+    def test_skips_that_leave_no_plan(self, tmp_path, skip, says):
+        read(tmp_path, weights())
+        with pytest.raises(AllocationError, match=says):
+            allocate(TIERS["balanced"], Tensors.of_folder(tmp_path), CONFIG, skip)
+
+    @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+    def test_weights_that_say_nothing_are_refused(self, tmp_path, value):
+        tensors = weights()
+        tensors["model.layers.1.self_attn.k_proj.weight"].fill_(value)
+        read(tmp_path, tensors)
+        with pytest.raises(AllocationError, match="zero or no numbers"):
+            allocate(TIERS["balanced"], Tensors.of_folder(tmp_path), CONFIG)
 
 
 class TestTensors:
@@ -235,7 +309,32 @@ class TestTensors:
         assert torch.equal(tensors.read("b"), torch.zeros(2))
         assert "c" not in tensors
 
-    @pytest.mark.parametrize("content", [b"", b"12345678", b"\xff" * 64])
+    def test_the_index_says_which_files_count(self, tmp_path):
+        save_file({"a": torch.ones(3)}, tmp_path / "model-00001-of-00001.safetensors")
+        save_file({"a": torch.zeros(3)}, tmp_path / "model.safetensors")
+        (tmp_path / "optimizer.safetensors").write_bytes(b"no")
+        index = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        assert torch.equal(Tensors.of_folder(tmp_path).read("a"), torch.ones(3))
+        (tmp_path / "model.safetensors.index.json").write_text("[]")
+        with pytest.raises(CheckpointError, match="names no files"):
+            Tensors.of_folder(tmp_path)
+
+    def test_an_incomplete_file_and_an_unknown_dtype_are_named(self, tmp_path):
+        path = tmp_path / "model.safetensors"
+        save_file({"a": torch.ones(100)}, path)
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-8])
+        with pytest.raises(CheckpointError, match="ends within a: the copy is incomplete"):
+            Tensors.of_folder(tmp_path).read("a")
+        path.write_bytes(whole.replace(b'"F32"', b'"F99"'))
+        with pytest.raises(CheckpointError, match="a is in F99, which is not read"):
+            Tensors.of_folder(tmp_path).read("a")
+
+    @pytest.mark.parametrize(
+        "content",
+        [b"", b"12345678", b"\xff" * 64, b"\x02" + bytes(7) + b"[]", b"\x07" + bytes(7) + b'{"a":1}'],
+    )
     def test_a_file_that_is_none_is_refused(self, tmp_path, content):
         (tmp_path / "model.safetensors").write_bytes(content)
         with pytest.raises(CheckpointError, match=r"model.safetensors is not a safetensors file"):

@@ -62,6 +62,7 @@ def by_input(groups: torch.Tensor) -> torch.Tensor:
 def test_gptq(read, drawn, bits: int, checkpoint_format: str) -> None:
     levels, zeros, scales = drawn(bits)
     stored = zeros - int(checkpoint_format == "gptq")
+    # Layers may have other bits than the model (`dynamic`).
     found = read(
         {
             "qweight": packed(levels.tolist(), bits).T,
@@ -69,7 +70,7 @@ def test_gptq(read, drawn, bits: int, checkpoint_format: str) -> None:
             "scales": scales.T,
         },
         quant_method="gptq",
-        bits=bits,
+        bits=4,
         checkpoint_format=checkpoint_format,
     )
     assert torch.allclose(found, (levels - by_input(zeros)) * by_input(scales))
@@ -120,10 +121,35 @@ def test_compressed_tensors(read, drawn, bits: int) -> None:
     assert torch.allclose(found, (levels - (1 << (bits - 1))) * by_input(scales))
 
 
+def test_scales_that_are_exponents(read) -> None:
+    """MXFP8: one byte for 32 inputs."""
+    weight = torch.randn(OUTPUTS, INPUTS).to(torch.float8_e4m3fn)
+    exponents = torch.randint(118, 130, (OUTPUTS, GROUPS), dtype=torch.uint8)
+    found = read({"weight": weight, "weight_scale": exponents})
+    assert torch.equal(found, weight.float() * by_input(2.0 ** (exponents.float() - 127)))
+
+
 @pytest.mark.parametrize(
     ("tensors", "quantization"),
     [
-        ({"qweight": torch.ones(8, 16, dtype=torch.int32)}, {"quant_method": "gptq", "bits": 3}),
+        (
+            {
+                "qweight": torch.ones(6, 16, dtype=torch.int32),
+                "qzeros": torch.ones(2, 3, dtype=torch.int32),
+                "scales": torch.ones(2, 32),
+            },
+            {"quant_method": "gptq", "bits": 3},
+        ),
+        ({"weight": torch.ones(8, 16, dtype=torch.int8), "SCB": torch.ones(8)}, {}),
+        ({"weight": torch.ones(8, 16).to(torch.float8_e4m3fn)}, {"quant_method": "fp8"}),
+        (
+            {
+                "weight_packed": torch.ones(8, 8, dtype=torch.uint8),
+                "weight_scale": torch.ones(8, 1).to(torch.float8_e4m3fn),
+                "weight_global_scale": torch.ones(1),
+            },
+            {"quant_method": "compressed-tensors"},
+        ),
         ({"qweight": torch.ones(8, 16, dtype=torch.int32)}, {"quant_method": "other"}),
         ({"weight": torch.ones(8, 16, dtype=torch.uint8)}, {"quant_method": "modelopt"}),
         ({"other": torch.ones(1)}, {}),

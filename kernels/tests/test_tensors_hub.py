@@ -24,6 +24,7 @@ CONFIG = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "head_dim": 64,
+    "num_hidden_layers": 4,
 }
 
 
@@ -31,6 +32,7 @@ def weights() -> dict[str, torch.Tensor]:
     tensors = {"model.embed_tokens.weight": torch.zeros(100_000, 64)}
     for layer in range(4):
         name = f"model.layers.{layer}.self_attn."
+        tensors[f"model.layers.{layer}.input_layernorm.weight"] = torch.ones(64)
         tensors[f"{name}q_proj.weight"] = torch.ones(128, 64)
         tensors[f"{name}k_proj.weight"] = torch.ones(64, 64) * (1 + 4 * layer)
     return tensors

@@ -87,7 +87,7 @@ def test_skipped_layers_take_no_bits_from_the_others(start_engine, biased) -> No
 @pytest.mark.parametrize(
     ("shape", "arguments", "reason"),
     [
-        ("LLAMA", {"load_format": "dummy"}, "--load-format dummy reads no safetensors files"),
+        ("LLAMA", {"load_format": "dummy"}, "--load-format dummy reads no safetensors"),
         ("GEMMA3", {}, "share pages of one size"),
     ],
 )
@@ -96,11 +96,20 @@ def test_where_bits_cannot_be_dealt_every_layer_has_the_mean(
 ) -> None:
     model = dummy_model(shape, weights=None if arguments else 0)
     engine = start_engine(model, "tq-max-capacity", **ARGUMENTS, **arguments)
-    assert PLAN_KEY not in engine.config.additional_config
+    assert {layer.name for layer in plan(engine).layers} == {"tq-k4v2"}
     assert {tensor.shape[-1] for tensor in engine.kv_tensors.values()} == {
         base_format("tq-max-capacity").slot_bytes(128)
     }
     assert any(reason in record.getMessage() for record in caplog.records)
+
+
+def test_a_draft_model_may_have_another_cache(start_engine, biased) -> None:
+    draft = {"method": "draft_model", "model": str(biased), "num_speculative_tokens": 2}
+    engine = start_engine(
+        biased, "tq-balanced", speculative_config=draft | {"kv_cache_dtype": "auto"}, **ARGUMENTS
+    )
+    (output,) = engine.generate([PROMPTS[1]], max_tokens=4)
+    assert len(output.outputs[0].token_ids) == 4
 
 
 def test_tq_allocate_prints_the_engines_plan(start_engine, biased) -> None:

@@ -7,15 +7,16 @@ taken as independent: with g the gains of the norm before it and b a bias
 
     E|q|^2 ~ |W_q diag(g)|_F^2 + |b_q|^2        E|k|^2 ~ |W_k diag(g)|_F^2 + |b_k|^2
 
-and where queries and keys are normalized themselves, the squared gains of those norms. On three models this
-gives the same quality as sensitivities of a forward pass over random token ids. Factors that all layers
-share are left out.
+A bias c of that norm adds W c to b. Where queries and keys are normalized themselves, their energy is the sum
+of the squared gains of those norms. On three models this gives the same quality as sensitivities of a forward
+pass over random token ids. Factors that all layers share are left out.
 """
 
 import heapq
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from math import inf
 from typing import Any
 
 import torch
@@ -27,16 +28,27 @@ from turboquant_kernels.plans import KVPlan
 from turboquant_kernels.tensors import Tensors
 
 _ATTENTION = re.compile(
-    r"(?P<root>.*?)layers\.(?P<layer>\d+)\.(?P<block>[a-z_]*attn|attention)\.(k_proj|qkv_proj|k_norm)\.\w+"
+    r"(?P<root>.*?)layers\.(?P<layer>\d+)\.(?P<block>[a-z_]*attn|attention)\.(k_proj|qkv_proj)\.\w+"
 )
-_OTHER_LAYERS = re.compile(r"vision|visual|audio|encoder|mtp|draft")
+_OTHER_LAYERS = re.compile(r"vision|visual|audio|encoder|talker|mtp|draft")
 """In the names of layers that are not the language model's own."""
+
+_TEXT_CONFIGS = ("text_config", "llm_config", "thinker_config")
+"""Where the config.json of a multimodal model holds that of its language model."""
 
 _ALTERNATING_WINDOWS = re.compile(r"(cohere2|gemma[23](_text)?)$")
 """Model types whose config.json may leave out which layers have windows."""
+_STATES = re.compile(
+    r"mamba_|ssm_|linear_(num|key)|layers_block_type|full_attention_interval|attn_layer_period"
+)
+"""Fields of models with Mamba or linear attention."""
 
-_CENTERED_GAINS = re.compile(r"gemma(2|3.*)?(_text)?$|qwen3_next|qwen3_5|rnj1|step3p5")
+_CENTERED_GAINS = re.compile(r"(gemma(2|3.*)?(_text)?|nemotron|qwen3_next.*|qwen3_5.*|rnj1|step3p5)$")
 """Model types whose norms multiply by 1 + weight."""
+_NORMS_BEFORE = ("input_layernorm", "self_attn_layer_norm", "attention_norm", "ln_1")
+_OWN_NORMS = ("{}_norm", "{}_layernorm")
+_WITHOUT_GAINS = ("olmo",)
+"""Model types whose norms have no weights."""
 
 
 class AllocationError(ValueError):
@@ -47,18 +59,47 @@ def allocate(tier: Tier, tensors: Tensors, config: Mapping[str, Any], skip: Sequ
     """The tier's plan for a model; the layers of `skip` keep the model's own dtype.
 
     `config` is the model's config.json. Raises AllocationError where layers cannot have bits of their own, or
-    where the weights are stored in a way that is not known.
+    where config or weights do not say what is needed in a way that is known.
     """
-    text = {"quantization_config": config.get("quantization_config")} | (config.get("text_config") or config)
+    text = _text_config(config)
     kinds = set(text.get("layer_types") or ())
-    if len(kinds) > 1 or _ALTERNATING_WINDOWS.match(text.get("model_type", "")):
+    states = any(value and _STATES.match(str(field)) for field, value in text.items())
+    if len(kinds) > 1 or states or _ALTERNATING_WINDOWS.match(text.get("model_type") or ""):
         raise AllocationError("windows or states in some layers make all share pages of one size")
-    found = sensitivities(tensors, text)
+    try:
+        found = sensitivities(tensors, text)
+        heads = text["num_attention_heads"]
+        head_dim = text.get("head_dim") or text["hidden_size"] // heads
+    except KeyError as error:
+        raise AllocationError(f"config.json does not say {error}") from error
+    except (TypeError, IndexError, RuntimeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise AllocationError(f"config.json or weights are not as they should be: {reason}") from error
+    if beyond := [layer for layer in skip if layer >= len(found)]:
+        raise AllocationError(
+            f"layer {beyond[0]} is to be skipped, and the model has layers 0 to {len(found) - 1}"
+        )
+    if not all(0 < value < inf for value in found):
+        raise AllocationError("the weights of some layer's queries or keys are zero or no numbers")
     dealt = [layer for layer in range(len(found)) if layer not in set(skip)]
-    head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+    if not dealt:
+        raise AllocationError("all layers are skipped")
     key_bits = deal([found[layer] for layer in dealt], tier.key_bits, head_dim)
     formats = {layer: KVFormat(bits, tier.value_bits) for layer, bits in zip(dealt, key_bits, strict=True)}
     return KVPlan(tuple(formats.get(layer, BF16) for layer in range(len(found))))
+
+
+def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The language model's config, with the whole model's quantization."""
+    text = config
+    for name in _TEXT_CONFIGS:
+        if isinstance(nested := text.get(name), Mapping):
+            text = nested
+            if isinstance(nested.get("text_config"), Mapping):
+                text = nested["text_config"]
+            break
+    quantization = config.get("quantization_config") or text.get("quantization_config")
+    return {**text, "quantization_config": quantization}
 
 
 def deal(sensitivities: Sequence[float], mean_bits: int, head_dim: int) -> list[int]:
@@ -104,7 +145,9 @@ def sensitivities(tensors: Tensors, config: Mapping[str, Any]) -> list[float]:
     if not layers:
         raise AllocationError("no tensors named ...layers.N.self_attn.k_proj.weight")
     found = max(layers.values(), key=len)
-    return [_Layer(tensors, found[index], config).sensitivity() for index in sorted(found)]
+    # Behind the last layer some models keep one that predicts several tokens.
+    indices = [index for index in sorted(found) if index < config["num_hidden_layers"]]
+    return [_Layer(tensors, found[index], config).sensitivity() for index in indices]
 
 
 class _Layer:
@@ -114,21 +157,30 @@ class _Layer:
         self._tensors, self._name, self._config = tensors, name, config
 
     def sensitivity(self) -> float:
-        return self._energy("q") * self._energy("k")
+        return self._energy("q", "query") * self._energy("k", "key")
 
-    def _energy(self, which: str) -> float:
-        norm = f"{self._name}.{which}_norm.weight"
-        if norm in self._tensors:
-            gains = self._gains(norm)
-            return float(gains.square().sum())
+    def _energy(self, which: str, word: str) -> float:
+        for pattern in _OWN_NORMS:
+            for norm in (f"{self._name}.{pattern.format(name)}" for name in (which, word)):
+                if f"{norm}.weight" in self._tensors:
+                    return float(self._gains(norm).square().sum())
         weight, bias = self._projection(which)
-        before = f"{self._name.rpartition('.')[0]}.input_layernorm.weight"
-        if before in self._tensors:
-            weight = weight * self._gains(before)
-        energy = weight.square().sum()
-        if bias is not None:
-            energy += bias.square().sum()
-        return float(energy)
+        constant = torch.zeros(len(weight)) if bias is None else bias
+        if norm := self._norm_before():
+            if f"{norm}.bias" in self._tensors:
+                constant = constant + weight @ self._tensors.read(f"{norm}.bias").float()
+            weight = weight * self._gains(norm)
+        return float(weight.square().sum() + constant.square().sum())
+
+    def _norm_before(self) -> str | None:
+        """The norm whose output queries and keys are made from; None where it has no weights."""
+        layer = self._name.rpartition(".")[0]
+        for name in _NORMS_BEFORE:
+            if f"{layer}.{name}.weight" in self._tensors:
+                return f"{layer}.{name}"
+        if self._config.get("model_type") in _WITHOUT_GAINS:
+            return None
+        raise AllocationError(f"no tensor named {layer}.{_NORMS_BEFORE[0]}.weight")
 
     def _projection(self, which: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight float32 [rows, hidden_size] and bias [rows] of queries or keys."""
@@ -149,6 +201,6 @@ class _Layer:
     def _bias(self, name: str) -> torch.Tensor | None:
         return self._tensors.read(f"{name}.bias").float() if f"{name}.bias" in self._tensors else None
 
-    def _gains(self, name: str) -> torch.Tensor:
-        gains = self._tensors.read(name).float()
-        return 1 + gains if _CENTERED_GAINS.match(self._config.get("model_type", "")) else gains
+    def _gains(self, norm: str) -> torch.Tensor:
+        gains = self._tensors.read(f"{norm}.weight").float()
+        return 1 + gains if _CENTERED_GAINS.match(self._config.get("model_type") or "") else gains

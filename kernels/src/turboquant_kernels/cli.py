@@ -170,9 +170,13 @@ def allocate(
     picture: Annotated[Path | None, typer.Option(help="Draw the bits of each layer here.")] = None,
 ) -> None:
     """Deal a tier's key bits to a model's layers, as the engine does at start. Exit code 2: bad input."""
-    from turboquant_kernels import allocation
+    try:
+        from turboquant_kernels import allocation
+        from turboquant_kernels.tensors import Tensors
+    except ModuleNotFoundError as error:
+        typer.echo(f"tq allocate: {error}; install turboquant-kernels[torch]", err=True)
+        raise typer.Exit(2) from error
     from turboquant_kernels.checkpoint import CheckpointError, read_folder, read_hub
-    from turboquant_kernels.tensors import Tensors
 
     folder = Path(model).expanduser()
     try:

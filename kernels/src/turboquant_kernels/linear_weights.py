@@ -22,26 +22,30 @@ def read_linear(tensors: Tensors, name: str, quantization: Mapping[str, Any]) ->
     """
     if f"{name}.weight" in tensors:
         return _scaled(tensors, name)
-    bits = int(quantization.get("bits", quantization.get("w_bit", 4)))
-    if f"{name}.weight_packed" in tensors:
+    if f"{name}.weight_packed" in tensors and f"{name}.weight_shape" in tensors:
         return _pack_quantized(tensors, name)
-    if f"{name}.qweight" in tensors and quantization.get("quant_method") == "gptq":
-        return _gptq(tensors, name, bits, quantization.get("checkpoint_format") != "gptq_v2")
-    if f"{name}.qweight" in tensors and quantization.get("quant_method") == "awq" and bits == 4:
+    method = quantization.get("quant_method")
+    if f"{name}.qweight" in tensors and method == "gptq":
+        return _gptq(tensors, name, quantization.get("checkpoint_format") != "gptq_v2")
+    if f"{name}.qweight" in tensors and method == "awq":
         return _awq(tensors, name)
     return None
 
 
 def _scaled(tensors: Tensors, name: str) -> torch.Tensor | None:
-    """A weight and its scale, if it has one: for the tensor, a row, or a block."""
+    """A weight and its scale: for the tensor, a row, or a block. Floats of 16 bits and more have none."""
     weight = tensors.read(f"{name}.weight")
-    if weight.dtype in (torch.uint8, torch.int32):  # numbers of 4 bits
+    if weight.dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        return weight.float()
+    if weight.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8):
         return None
-    weight = weight.float()
     for suffix in ("weight_scale", "weight_scale_inv"):
         if f"{name}.{suffix}" in tensors:
-            return weight * _spread(tensors.read(f"{name}.{suffix}").float(), weight.shape)
-    return weight
+            scale = tensors.read(f"{name}.{suffix}")
+            if scale.dtype == torch.uint8:  # exponents: MXFP8
+                scale = torch.exp2(scale.float() - 127)
+            return weight.float() * _spread(scale.float(), weight.shape)
+    return None
 
 
 def _spread(scale: torch.Tensor, shape: torch.Size) -> torch.Tensor:
@@ -61,6 +65,8 @@ def _pack_quantized(tensors: Tensors, name: str) -> torch.Tensor | None:
     """Inputs are packed, scales are [outputs, groups]; without zero points they are in the middle."""
     scale = tensors.read(f"{name}.weight_scale").float()
     packed = tensors.read(f"{name}.weight_packed")
+    if packed.dtype != torch.int32:
+        return None
     inputs = int(tensors.read(f"{name}.weight_shape")[1])
     bits = 32 * packed.shape[1] // inputs
     if f"{name}.weight_zero_point" in tensors or bits not in (4, 8):
@@ -69,12 +75,14 @@ def _pack_quantized(tensors: Tensors, name: str) -> torch.Tensor | None:
     return levels * scale.repeat_interleave(inputs // scale.shape[1], dim=1)
 
 
-def _gptq(tensors: Tensors, name: str, bits: int, zeros_less_one: bool) -> torch.Tensor | None:
+def _gptq(tensors: Tensors, name: str, zeros_less_one: bool) -> torch.Tensor | None:
     """Inputs are packed, scales and zero points are [groups, outputs], the latter packed by outputs."""
+    packed_zeros, outputs = tensors.read(f"{name}.qzeros"), tensors.read(f"{name}.scales").shape[1]
+    bits = 32 * packed_zeros.shape[1] // outputs
     if bits not in (4, 8):
         return None
     levels = _unpack(tensors.read(f"{name}.qweight").T.contiguous(), bits).float()
-    zeros = _unpack(tensors.read(f"{name}.qzeros"), bits).T.float() + int(zeros_less_one)
+    zeros = _unpack(packed_zeros, bits).T.float() + int(zeros_less_one)
     scale = tensors.read(f"{name}.scales").T.float()
     if f"{name}.g_idx" in tensors:
         group = tensors.read(f"{name}.g_idx").long()
@@ -83,9 +91,11 @@ def _gptq(tensors: Tensors, name: str, bits: int, zeros_less_one: bool) -> torch
     return (levels - zeros[:, group]) * scale[:, group]
 
 
-def _awq(tensors: Tensors, name: str) -> torch.Tensor:
-    """Outputs are packed in AWQ's order; scales and zero points are [groups, outputs]."""
+def _awq(tensors: Tensors, name: str) -> torch.Tensor | None:
+    """Outputs are packed in AWQ's order, 4 bits each; scales and zero points are [groups, outputs]."""
     scale = tensors.read(f"{name}.scales").float()
+    if 8 * tensors.read(f"{name}.qweight").shape[1] != scale.shape[1]:
+        return None
 
     def unpack(which: str) -> torch.Tensor:
         words = _unpack(tensors.read(f"{name}.{which}"), 4).unflatten(1, (-1, 8))

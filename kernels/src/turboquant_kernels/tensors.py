@@ -3,13 +3,22 @@
 Only what is asked for is read: of a hub's model the headers and the tensors that are named, not its weights.
 """
 
+import json
 from collections.abc import Callable, Collection, Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from turboquant_kernels.checkpoint import TensorPlace, read_header, weight_files
+from turboquant_kernels.checkpoint import (
+    CONFIG,
+    INDEX,
+    CheckpointError,
+    TensorPlace,
+    read_header,
+    weight_files,
+)
 
 _DTYPES = {
     "F64": torch.float64,
@@ -23,24 +32,35 @@ _DTYPES = {
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "F8_E8M0": torch.uint8,  # exponents
 }
 
 
 class Tensors:
     """The tensors of one model, by name.
 
-    `names` are its files, of which those that hold weights are read; `open_file` opens one, seekable. Raises
-    CheckpointError (InvalidModel) where one is no safetensors file.
+    `names` are its files, of which those are read that the engine loads; `open_file` opens one, seekable.
+    Raises CheckpointError (InvalidModel) where one is no safetensors file.
     """
 
     def __init__(self, names: Collection[str], open_file: Callable[[str], Any]) -> None:
         self._open_file = open_file
         self._places: dict[str, tuple[str, TensorPlace]] = {}
-        for name in weight_files(names):
+        for name in self._loaded(names):
             if name.endswith(".safetensors"):
                 with open_file(name) as file:
                     places = read_header(file, name)
                 self._places.update({tensor: (name, place) for tensor, place in places.items()})
+
+    def _loaded(self, names: Collection[str]) -> list[str]:
+        """Those that the index names, where there is one. In one order everywhere: a folder has none."""
+        if INDEX not in names:
+            return sorted(weight_files(names))
+        try:
+            with self._open_file(INDEX) as file:
+                return sorted(set(json.load(file)["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError("InvalidModel", f"{INDEX} names no files: {error}") from error
 
     @classmethod
     def of_folder(cls, folder: Path) -> "Tensors":
@@ -49,8 +69,13 @@ class Tensors:
 
     @classmethod
     def of_hub(cls, repository: str, revision: str = "") -> "Tensors":
-        """Of a model of the hub that HF_ENDPOINT names."""
-        from huggingface_hub import HfFileSystem
+        """Of a model of the hub that HF_ENDPOINT names; of the local copy where HF_HUB_OFFLINE is set."""
+        from huggingface_hub import HfFileSystem, constants, try_to_load_from_cache
+
+        if constants.HF_HUB_OFFLINE:
+            return cls.of_folder(
+                Path(str(try_to_load_from_cache(repository, CONFIG, revision=revision or None))).parent
+            )
 
         hub = HfFileSystem()
         root = f"{repository}@{revision}" if revision else repository
@@ -64,10 +89,16 @@ class Tensors:
         return name in self._places
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor in its own dtype, on the CPU. KeyError for a name or a dtype that is not known."""
+        """A tensor in its own dtype, on the CPU. KeyError for a name that is not there, CheckpointError for a
+        dtype that is not known or a file that ends too early."""
         file_name, place = self._places[name]
-        dtype = _DTYPES[place.dtype]
+        if (dtype := _DTYPES.get(place.dtype)) is None:
+            raise CheckpointError(
+                "InvalidModel", f"{file_name}: {name} is in {place.dtype}, which is not read"
+            )
         with self._open_file(file_name) as file:
             file.seek(place.begin)
             data = bytearray(file.read(place.end - place.begin))
+        if len(data) != prod(place.shape) * dtype.itemsize:
+            raise CheckpointError("InvalidModel", f"{file_name} ends within {name}: the copy is incomplete")
         return torch.frombuffer(data, dtype=dtype).reshape(place.shape)

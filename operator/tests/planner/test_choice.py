@@ -76,14 +76,28 @@ class TestFormat:
         assert plan.format == "tq-k4v4"
         assert any(reason.startswith("Warning:") for reason in plan.reasons)
 
-    def test_auto_leaves_a_key_bias_beside_windows_uncompressed_and_says_why(self, spec, facts):
-        windows = (*facts("qwen2.5-7b").windows[1:], 4096)
-        model = replace(facts("qwen2.5-7b"), windows=windows)
-        plan = planned(spec(), model)
+    @pytest.mark.parametrize(
+        ("changes", "args"),
+        [
+            ({"windows": (None,) * 27 + (4096,)}, []),
+            ({"quantization": "modelopt"}, []),
+            ({}, ["--load-format=pt"]),
+            ({}, ["--load-format", "mistral"]),
+        ],
+    )
+    def test_auto_leaves_a_key_bias_uncompressed_where_bits_cannot_be_dealt(self, spec, facts, changes, args):
+        model, engine = replace(facts("qwen2.5-7b"), **changes), {"args": args}
+        plan = planned(spec(engine=engine), model)
         assert plan.format == "bf16"
         assert "bias to its keys" in plan.reasons[0]
-        named = planned(spec(kvCache={"format": "tq-balanced"}), model)
+        named = planned(spec(kvCache={"format": "tq-balanced"}, engine=engine), model)
         assert any(reason.startswith("Warning:") for reason in named.reasons)
+
+    @pytest.mark.parametrize("args", [["--load-format=safetensors"], ["--load-format", "auto"], []])
+    @pytest.mark.parametrize("quantization", [None, "awq", "gptq", "fp8"])
+    def test_auto_compresses_a_key_bias_where_bits_can_be_dealt(self, spec, facts, args, quantization):
+        model = replace(facts("qwen2.5-7b"), quantization=quantization)
+        assert planned(spec(engine={"args": args}), model).format == "tq-near-lossless"
 
     def test_fp8_on_cpu_warns_of_the_cpu_and_needs_heads_that_it_can_store(self, spec, facts):
         cpu = {"accelerator": {"type": "cpu"}, "capacity": {"contextLength": 2048}}

@@ -7,9 +7,11 @@ bf16 or fp8. The exceptions, each with its reason in the plan, are models that c
 bias) or cannot store (head_dim), which `auto` leaves in their own dtype.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from turboquant_kernels.checkpoint import DEALT_LOAD_FORMATS, DEALT_QUANTIZATIONS
 from turboquant_kernels.formats import BF16, FP8, HEAD_DIMS, QUALITIES, KVFormat, base_format, find_tier
 from turboquant_kernels.plans import KVPlan
 from turboquant_operator.api.schema import parse_quantity
@@ -187,7 +189,7 @@ def _choices(
         tier = find_tier(name)
         choice = Choice.of_tier(tier, facts, skip) if tier else Choice.uniform(named[0], facts, skip)
         reasons = [f"kvCache.format asks for {name}."]
-        if named[0].compressed and facts.key_bias and not _bits_are_dealt(choice, facts):
+        if named[0].compressed and facts.key_bias and not (tier and _bits_are_dealt(spec, facts)):
             reasons.append(
                 f"Warning: {facts.architecture} adds a bias to its keys, which the same bits in every layer "
                 "store badly. Expect a loss of quality and compare with bf16 before relying on it."
@@ -195,11 +197,11 @@ def _choices(
         if named[0] == FP8 and spec.accelerator.type == CPU:
             reasons.append("Warning: the engine starts with fp8 only on CPUs with AVX-512 or AMX.")
         return [choice], reasons
-    if facts.key_bias and facts.shares_page_size:
+    if facts.key_bias and not _bits_are_dealt(spec, facts):
         return [Choice.uniform(BF16, facts)], [
             f"{facts.architecture} adds a bias to its keys, which wants more bits in some layers than in "
-            "others, and sliding windows make its layers share pages of one size: auto keeps its cache in "
-            "the model's own dtype. Name a format to compress it anyway."
+            "others, and the engine deals none beside sliding windows, nor by weights that it cannot read: "
+            "auto keeps its cache in the model's own dtype. Name a format to compress it anyway."
         ]
     if images:
         return [Choice.uniform(BF16, facts)], [
@@ -217,9 +219,15 @@ def _choices(
     return [Choice.of_tier(QUALITIES[name], facts, skip) for name in allowed], []
 
 
-def _bits_are_dealt(choice: Choice, facts: ModelFacts) -> bool:
-    """Whether the engine gives layers with larger keys more bits, or all layers the most there are."""
-    return choice.tier is not None and not facts.shares_page_size
+def _bits_are_dealt(spec: TurboQuantDeploymentSpec, facts: ModelFacts) -> bool:
+    """Whether the engine gives layers with longer keys more bits of a tier: from what it can read of them,
+    and where layers may differ."""
+    loader = re.search(r"--load[-_]format[= ](\S+)", " ".join(spec.engine.args))
+    return (
+        not facts.shares_page_size
+        and facts.quantization in DEALT_QUANTIZATIONS
+        and (loader is None or loader[1] in DEALT_LOAD_FORMATS)
+    )
 
 
 def _most_common(kv_plan: KVPlan) -> KVFormat:

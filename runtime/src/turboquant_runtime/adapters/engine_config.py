@@ -8,17 +8,22 @@ from vllm.platforms import current_platform
 
 from turboquant_kernels.formats import KVFormat, base_format
 from turboquant_kernels.plans import KVPlan
-from turboquant_runtime.configuration import EngineFacts, attention_layers, requested_plan
+from turboquant_runtime.configuration import CACHE_DTYPES, EngineFacts, attention_layers, requested_plan
 
 
 def plan_of(vllm_config: VllmConfig) -> KVPlan | None:
     """The KV plan of an engine; None where none of our formats is chosen.
 
-    It describes the target model, also where the configuration is that of its draft model.
+    It describes the target model, also where the configuration is that of its draft model; a draft model may
+    have a cache of another kind, and then has no plan.
     """
     additional = vllm_config.additional_config
+    cache_dtype, speculative = vllm_config.cache_config.cache_dtype, vllm_config.speculative_config
+    # vLLM gives the draft's cache its dtype while the configuration still names the target model.
+    if cache_dtype not in CACHE_DTYPES and speculative and speculative.kv_cache_dtype == cache_dtype:
+        return None
     return requested_plan(
-        vllm_config.cache_config.cache_dtype,
+        cache_dtype,
         additional if isinstance(additional, dict) else {},
         len(attention_layer_indices(vllm_config)),
     )

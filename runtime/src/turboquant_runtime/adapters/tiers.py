@@ -8,20 +8,18 @@ if the user had given it: workers and engine core, every rank and every replica 
 from pathlib import Path
 from typing import Any
 
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
 from turboquant_kernels.allocation import AllocationError, allocate
-from turboquant_kernels.checkpoint import CheckpointError
+from turboquant_kernels.checkpoint import DEALT_LOAD_FORMATS, CheckpointError
 from turboquant_kernels.formats import Tier, find_tier
 from turboquant_kernels.plans import PLAN_KEY, KVPlan
 from turboquant_kernels.tensors import Tensors
 from turboquant_runtime.adapters.engine_config import attention_layer_indices
 
 logger = init_logger("vllm.turboquant")
-
-_FILE_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer")
-"""Values of `--load-format` that read the safetensors files of a model."""
 
 
 def deal_tier(vllm_config: VllmConfig) -> None:
@@ -35,10 +33,16 @@ def deal_tier(vllm_config: VllmConfig) -> None:
         return
     try:
         plan = _plan(vllm_config, tier)
+        bits = " ".join(str(layer.key_bits) for layer in plan.layers)
+        logger.info("%s: key bits by layer %s", tier.cache_dtype, bits)
     except (AllocationError, CheckpointError, OSError) as error:
-        logger.warning("%s: %s in every layer: %s", tier.cache_dtype, tier.format.name, error)
-        return
-    logger.info("%s: key bits by layer %s", tier.cache_dtype, " ".join(str(f.key_bits) for f in plan.layers))
+        logger.warning(
+            "%s: %s in every layer: %s. Models whose keys have a bias lose much by that.",
+            tier.cache_dtype,
+            tier.format.name,
+            error,
+        )
+        plan = KVPlan.uniform(tier.format, len(attention_layer_indices(vllm_config)))
     # A new one: the dict may be the user's, who starts another model with it.
     vllm_config.additional_config = {**additional, PLAN_KEY: plan.to_dict()}
 
@@ -47,11 +51,17 @@ def _plan(vllm_config: VllmConfig, tier: Tier) -> KVPlan:
     model, load = vllm_config.model_config, vllm_config.load_config
     if model.is_hybrid:
         raise AllocationError("linear-attention or Mamba layers make all share pages of one size")
-    if load.load_format not in _FILE_FORMATS:
-        raise AllocationError(f"--load-format {load.load_format} reads no safetensors files")
+    if load.load_format not in DEALT_LOAD_FORMATS or envs.VLLM_USE_MODELSCOPE:
+        raise AllocationError(
+            f"--load-format {load.load_format} reads no safetensors files of a hub or folder"
+        )
     indices = attention_layer_indices(vllm_config)
     skip = [int(name) for name in vllm_config.cache_config.kv_cache_dtype_skip_layers if name.isdigit()]
-    plan = allocate(tier, Tensors.of_folder(_folder(model, load)), model.hf_config.to_dict(), skip)
+    config = model.hf_text_config.to_dict() | {
+        "head_dim": model.get_head_size(),
+        "quantization_config": getattr(model.hf_config, "quantization_config", None),
+    }
+    plan = allocate(tier, Tensors.of_folder(_folder(model, load)), config, skip)
     if len(plan.layers) != len(indices):
         raise AllocationError(f"the files have {len(plan.layers)} attention layers, the model {len(indices)}")
     return plan
