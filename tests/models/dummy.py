@@ -191,8 +191,8 @@ def write_weights(folder: Path, seed: int = 0) -> None:
 
     Rows of a matrix are of length 1, so that hidden states keep their size; queries and keys are made twice
     as long (scores then spread by about 4), and logits three times. Sinks are as high as the larger scores.
-    The keys of layer 1 get a bias much longer than they are, those of others none: in coordinates that hardly
-    turn with the position, so that it adds nearly the same to all scores. Norms are left as they are
+    The keys of Qwen2's layer 1 get a bias much longer than they are, in coordinates that hardly turn with the
+    position, so that it adds nearly the same to all scores. Other biases and norms are left as they are
     initialized.
     """
     import torch
@@ -204,7 +204,7 @@ def write_weights(folder: Path, seed: int = 0) -> None:
     for name, weight in model.named_parameters():
         if name.endswith("sinks"):
             torch.nn.init.normal_(weight, mean=10.0, std=2.0)
-        if name.endswith("layers.1.self_attn.k_proj.bias"):
+        if config.model_type == "qwen2" and name.endswith("layers.1.self_attn.k_proj.bias"):
             heads = weight.detach().view(config.num_key_value_heads, 2, -1)
             heads[:, :, -1] = 400.0
         if weight.dim() < 2:
