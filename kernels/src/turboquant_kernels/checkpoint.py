@@ -42,12 +42,6 @@ DTYPE_BITS = {
 UNKNOWN_DTYPE = ""
 """Key of weight bytes whose dtype the files do not tell."""
 
-DEALT_QUANTIZATIONS = (None, "fp8", "gptq", "awq", "compressed-tensors")
-"""Quantization methods of weights from which a tier's bits can be dealt (`linear_weights`)."""
-
-DEALT_LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer")
-"""Values of vLLM's `--load-format` that read a model's safetensors files."""
-
 _HEADER_LIMIT = 100 * 2**20
 """The safetensors format's own limit of a header."""
 

@@ -195,6 +195,12 @@ TIERS = QUALITIES | {"experimental": Tier("experimental", 3, 2)}
 TIER_NAMES = tuple(tier.cache_dtype for tier in TIERS.values())
 """The `--kv-cache-dtype` names of tiers."""
 
+DEALT_QUANTIZATIONS = (None, "fp8", "gptq", "awq", "compressed-tensors")
+"""Quantization methods of weights from which a tier's bits can be dealt (`linear_weights`)."""
+
+DEALT_LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer")
+"""Values of vLLM's `--load-format` that read a model's safetensors files."""
+
 
 def find_tier(cache_dtype: str) -> Tier | None:
     """The tier of a `--kv-cache-dtype` name; None for any other name."""

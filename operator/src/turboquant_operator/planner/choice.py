@@ -11,8 +11,17 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from turboquant_kernels.checkpoint import DEALT_LOAD_FORMATS, DEALT_QUANTIZATIONS
-from turboquant_kernels.formats import BF16, FP8, HEAD_DIMS, QUALITIES, KVFormat, base_format, find_tier
+from turboquant_kernels.formats import (
+    BF16,
+    DEALT_LOAD_FORMATS,
+    DEALT_QUANTIZATIONS,
+    FP8,
+    HEAD_DIMS,
+    QUALITIES,
+    KVFormat,
+    base_format,
+    find_tier,
+)
 from turboquant_kernels.plans import KVPlan
 from turboquant_operator.api.schema import parse_quantity
 from turboquant_operator.api.spec import TurboQuantDeploymentSpec

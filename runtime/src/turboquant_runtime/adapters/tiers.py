@@ -13,8 +13,8 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
 from turboquant_kernels.allocation import AllocationError, allocate
-from turboquant_kernels.checkpoint import DEALT_LOAD_FORMATS, CheckpointError
-from turboquant_kernels.formats import Tier, find_tier
+from turboquant_kernels.checkpoint import CheckpointError
+from turboquant_kernels.formats import DEALT_LOAD_FORMATS, Tier, find_tier
 from turboquant_kernels.plans import PLAN_KEY, KVPlan
 from turboquant_kernels.tensors import Tensors
 from turboquant_runtime.adapters.engine_config import attention_layer_indices
