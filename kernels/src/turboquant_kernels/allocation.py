@@ -46,7 +46,10 @@ _STATES = re.compile(
 _CENTERED_GAINS = re.compile(r"(gemma(2|3.*)?(_text)?|nemotron|qwen3_next.*|qwen3_5.*|rnj1|step3p5)$")
 """Model types whose norms multiply by 1 + weight."""
 _NORMS_BEFORE = ("input_layernorm", "self_attn_layer_norm", "attention_norm", "ln_1")
-_OWN_NORMS = ("{}_norm", "{}_layernorm")
+_OWN_NORMS = {
+    "q": ("q_norm", "query_norm", "q_layernorm", "query_layernorm"),
+    "k": ("k_norm", "key_norm", "k_layernorm", "key_layernorm"),
+}
 _WITHOUT_GAINS = ("olmo",)
 """Model types whose norms have no weights."""
 
@@ -91,13 +94,10 @@ def allocate(tier: Tier, tensors: Tensors, config: Mapping[str, Any], skip: Sequ
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The language model's config, with the whole model's quantization."""
-    text = config
-    for name in _TEXT_CONFIGS:
-        if isinstance(nested := text.get(name), Mapping):
-            text = nested
-            if isinstance(nested.get("text_config"), Mapping):
-                text = nested["text_config"]
-            break
+    nested = (config[name] for name in _TEXT_CONFIGS if isinstance(config.get(name), Mapping))
+    text = next(nested, config)
+    if isinstance(text.get("text_config"), Mapping):
+        text = text["text_config"]
     quantization = config.get("quantization_config") or text.get("quantization_config")
     return {**text, "quantization_config": quantization}
 
@@ -157,13 +157,12 @@ class _Layer:
         self._tensors, self._name, self._config = tensors, name, config
 
     def sensitivity(self) -> float:
-        return self._energy("q", "query") * self._energy("k", "key")
+        return self._energy("q") * self._energy("k")
 
-    def _energy(self, which: str, word: str) -> float:
-        for pattern in _OWN_NORMS:
-            for norm in (f"{self._name}.{pattern.format(name)}" for name in (which, word)):
-                if f"{norm}.weight" in self._tensors:
-                    return float(self._gains(norm).square().sum())
+    def _energy(self, which: str) -> float:
+        for norm in (f"{self._name}.{name}" for name in _OWN_NORMS[which]):
+            if f"{norm}.weight" in self._tensors:
+                return float(self._gains(norm).square().sum())
         weight, bias = self._projection(which)
         constant = torch.zeros(len(weight)) if bias is None else bias
         if norm := self._norm_before():

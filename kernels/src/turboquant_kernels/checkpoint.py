@@ -177,14 +177,11 @@ def _json_object(path: Path) -> Mapping[str, Any]:
 def _folder_weights(folder: Path) -> Mapping[str, int]:
     """Bytes by dtype of the files that the engine would load."""
     sizes = {entry.name: entry.stat().st_size for entry in folder.iterdir() if entry.is_file()}
-    names = weight_files(sizes)
-    if INDEX in sizes:
-        names = sorted(set(_json_object(folder / INDEX).get("weight_map", {}).values()))
-        missing = [name for name in names if name not in sizes]
-        if missing:
-            raise CheckpointError(
-                "InvalidModel", f"{folder} lacks {missing[0]}, which {INDEX} names: the copy is incomplete."
-            )
+    names = loaded_files(sizes, _json_object(folder / INDEX) if INDEX in sizes else None)
+    if missing := [name for name in names if name not in sizes]:
+        raise CheckpointError(
+            "InvalidModel", f"{folder} lacks {missing[0]}, which {INDEX} names: the copy is incomplete."
+        )
     total: Counter[str] = Counter()
     for name in names:
         if name.endswith(".safetensors"):
@@ -192,6 +189,11 @@ def _folder_weights(folder: Path) -> Mapping[str, int]:
         else:
             total[UNKNOWN_DTYPE] += sizes[name]
     return dict(total)
+
+
+def loaded_files(names: Iterable[str], index: Mapping[str, Any] | None) -> list[str]:
+    """The weight files that the engine loads, sorted: those that the index names, if the model has one."""
+    return sorted(weight_files(names) if index is None else set(index.get("weight_map", {}).values()))
 
 
 def weight_files(names: Iterable[str]) -> list[str]:

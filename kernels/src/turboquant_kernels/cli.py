@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -174,8 +174,7 @@ def allocate(
         from turboquant_kernels import allocation
         from turboquant_kernels.tensors import Tensors
     except ModuleNotFoundError as error:
-        typer.echo(f"tq allocate: {error}; install turboquant-kernels[torch]", err=True)
-        raise typer.Exit(2) from error
+        _refuse_to_allocate(f"{error}; install turboquant-kernels[torch]")
     from turboquant_kernels.checkpoint import CheckpointError, read_folder, read_hub
 
     folder = Path(model).expanduser()
@@ -188,18 +187,15 @@ def allocate(
             config, tensors = found.config, Tensors.of_hub(repository, found.revision)
         dealt = allocation.allocate(TIERS[tier], tensors, config, skip_layers or ())
     except (allocation.AllocationError, CheckpointError, OSError) as error:
-        typer.echo(f"tq allocate: {error}", err=True)
-        raise typer.Exit(2) from error
+        _refuse_to_allocate(str(error))
     title = f"{TIERS[tier].cache_dtype} of {folder.name}"
     if picture is not None:
         try:
             _draw_bits(dealt, title, picture)
         except ModuleNotFoundError as error:
-            typer.echo(f"tq allocate: --picture: {error}; install turboquant-kernels[bench]", err=True)
-            raise typer.Exit(2) from error
+            _refuse_to_allocate(f"--picture: {error}; install turboquant-kernels[bench]")
         except (OSError, ValueError) as error:
-            typer.echo(f"tq allocate: --picture {picture}: {error}", err=True)
-            raise typer.Exit(2) from error
+            _refuse_to_allocate(f"--picture {picture}: {error}")
     if as_json:
         typer.echo(json.dumps(dealt.to_dict(), indent=1))
         return
@@ -210,6 +206,11 @@ def allocate(
     for index, layer in enumerate(dealt.layers):
         table.add_row(str(index), str(layer.key_bits), str(layer.value_bits), "#" * layer.key_bits)
     Console().print(table)
+
+
+def _refuse_to_allocate(reason: str) -> NoReturn:
+    typer.echo(f"tq allocate: {reason}", err=True)
+    raise typer.Exit(2)
 
 
 def _draw_bits(plan: KVPlan, title: str, path: Path) -> None:

@@ -94,14 +94,14 @@ def _gptq(tensors: Tensors, name: str, zeros_less_one: bool) -> torch.Tensor | N
 def _awq(tensors: Tensors, name: str) -> torch.Tensor | None:
     """Outputs are packed in AWQ's order, 4 bits each; scales and zero points are [groups, outputs]."""
     scale = tensors.read(f"{name}.scales").float()
-    if 8 * tensors.read(f"{name}.qweight").shape[1] != scale.shape[1]:
+    packed = tensors.read(f"{name}.qweight")
+    if 8 * packed.shape[1] != scale.shape[1]:
         return None
 
-    def unpack(which: str) -> torch.Tensor:
-        words = _unpack(tensors.read(f"{name}.{which}"), 4).unflatten(1, (-1, 8))
-        return words[..., list(_AWQ_ORDER)].flatten(1).float()
+    def unpack(words: torch.Tensor) -> torch.Tensor:
+        return _unpack(words, 4).unflatten(1, (-1, 8))[..., list(_AWQ_ORDER)].flatten(1).float()
 
-    levels, zeros = unpack("qweight"), unpack("qzeros")
+    levels, zeros = unpack(packed), unpack(tensors.read(f"{name}.qzeros"))
     size = len(levels) // len(scale)
     return ((levels - zeros.repeat_interleave(size, 0)) * scale.repeat_interleave(size, 0)).T
 

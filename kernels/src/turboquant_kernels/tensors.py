@@ -16,8 +16,8 @@ from turboquant_kernels.checkpoint import (
     INDEX,
     CheckpointError,
     TensorPlace,
+    loaded_files,
     read_header,
-    weight_files,
 )
 
 _DTYPES = {
@@ -53,13 +53,13 @@ class Tensors:
                 self._places.update({tensor: (name, place) for tensor, place in places.items()})
 
     def _loaded(self, names: Collection[str]) -> list[str]:
-        """Those that the index names, where there is one. In one order everywhere: a folder has none."""
+        """The weight files that the engine loads."""
         if INDEX not in names:
-            return sorted(weight_files(names))
+            return loaded_files(names, None)
         try:
             with self._open_file(INDEX) as file:
-                return sorted(set(json.load(file)["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+                return loaded_files(names, json.load(file))
+        except (ValueError, TypeError, AttributeError) as error:
             raise CheckpointError("InvalidModel", f"{INDEX} names no files: {error}") from error
 
     @classmethod

@@ -229,8 +229,8 @@ def _choices(
 
 
 def _bits_are_dealt(spec: TurboQuantDeploymentSpec, facts: ModelFacts) -> bool:
-    """Whether the engine gives layers with longer keys more bits of a tier: from what it can read of them,
-    and where layers may differ."""
+    """Whether the engine can give layers bits of their own in a tier: it reads the model's weights, and the
+    layers need not share pages of one size."""
     loader = re.search(r"--load[-_]format[= ](\S+)", " ".join(spec.engine.args))
     return (
         not facts.shares_page_size

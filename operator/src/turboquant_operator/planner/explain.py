@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-from turboquant_kernels.formats import KEY_BITS, TIERS
+from turboquant_kernels.formats import KEY_BITS, Tier, find_tier
 from turboquant_operator.planner.accelerators import Accelerator
+from turboquant_operator.planner.facts import ModelFacts
 from turboquant_operator.planner.memory import weight_bytes_per_gpu
 from turboquant_operator.planner.options import Option
 from turboquant_operator.planner.outcome import NoPlan, unfit
@@ -55,8 +56,8 @@ def why(
             f"Better quality does not suffice there: {better[-1].choice.name} holds {better[-1].sequences} "
             "such sequences."
         )
-    if chosen.choice.tier:
-        sentences.append(_tier_bits(chosen))
+    if tier := find_tier(chosen.choice.name):
+        sentences.append(_tier_bits(tier, chosen.facts))
     if baseline.tokens and chosen.choice.formats != baseline.choice.formats:
         sentences.append(
             f"In the model's own dtype the same memory would hold {baseline.tokens:,} tokens: this is "
@@ -77,10 +78,9 @@ def why(
     return sentences
 
 
-def _tier_bits(chosen: Option) -> str:
-    tier = TIERS[chosen.choice.tier or ""]
+def _tier_bits(tier: Tier, facts: ModelFacts) -> str:
     values = f"values {tier.value_bits}"
-    if tier.key_bits == max(KEY_BITS) or chosen.facts.shares_page_size:
+    if tier.key_bits == max(KEY_BITS) or facts.shares_page_size:
         return f"{tier.cache_dtype} stores keys with {tier.key_bits} bits a number and {values}."
     return (
         f"{tier.cache_dtype} stores keys with {tier.key_bits} bits a number in the mean, more in the layers "

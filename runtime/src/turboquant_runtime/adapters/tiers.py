@@ -14,7 +14,7 @@ from vllm.logger import init_logger
 
 from turboquant_kernels.allocation import AllocationError, allocate
 from turboquant_kernels.checkpoint import CheckpointError
-from turboquant_kernels.formats import DEALT_LOAD_FORMATS, Tier, find_tier
+from turboquant_kernels.formats import DEALT_LOAD_FORMATS, KEY_BITS, Tier, find_tier
 from turboquant_kernels.plans import PLAN_KEY, KVPlan
 from turboquant_kernels.tensors import Tensors
 from turboquant_runtime.adapters.engine_config import attention_layer_indices
@@ -48,6 +48,9 @@ def deal_tier(vllm_config: VllmConfig) -> None:
 
 
 def _plan(vllm_config: VllmConfig, tier: Tier) -> KVPlan:
+    indices = attention_layer_indices(vllm_config)
+    if tier.key_bits == max(KEY_BITS):  # every layer has the most there are, whatever the weights
+        return KVPlan.uniform(tier.format, len(indices))
     model, load = vllm_config.model_config, vllm_config.load_config
     if model.is_hybrid:
         raise AllocationError("linear-attention or Mamba layers make all share pages of one size")
@@ -55,7 +58,6 @@ def _plan(vllm_config: VllmConfig, tier: Tier) -> KVPlan:
         raise AllocationError(
             f"--load-format {load.load_format} reads no safetensors files of a hub or folder"
         )
-    indices = attention_layer_indices(vllm_config)
     skip = [int(name) for name in vllm_config.cache_config.kv_cache_dtype_skip_layers if name.isdigit()]
     config = model.hf_text_config.to_dict() | {
         "head_dim": model.get_head_size(),

