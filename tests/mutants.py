@@ -424,7 +424,7 @@ MUTATIONS = [
     Mutation(
         "anchors of a block's first tokens for all",
         "store/reference.py",
-        "anchors[block, offset // ANCHOR_TOKENS]",
+        "anchors[block, offset // BLOCK_TOKENS]",
         "anchors[block, offset * 0]",
         "test_store.py::test_with_anchors_the_differences_to_them_are_stored",
     ),
@@ -488,7 +488,7 @@ MUTATIONS = [
     Mutation(
         "anchors of a block's first tokens for all keys",
         "decode/reference.py",
-        "page * PAGE_TOKENS // ANCHOR_TOKENS",
+        "page * PAGE_TOKENS // BLOCK_TOKENS",
         "page * 0",
         "test_paged_attention.py::test_anchors_are_added_to_the_keys_of_their_128_tokens",
     ),

@@ -15,7 +15,7 @@ import torch
 
 from turboquant_kernels.bench.caches import empty_cache
 from turboquant_kernels.codec import Codec
-from turboquant_kernels.formats import ANCHOR_TOKENS, COMPRESSED_FORMATS, HEAD_DIMS, KVFormat
+from turboquant_kernels.formats import BLOCK_TOKENS, COMPRESSED_FORMATS, HEAD_DIMS, KVFormat
 from turboquant_kernels.packing import PAGE_LAYOUT_VERSION, anchors_of
 from turboquant_kernels.store.reference import store
 
@@ -33,7 +33,7 @@ def digests() -> dict[str, str]:
 def _digest(fmt: KVFormat) -> str:
     state = hashlib.sha256()
     for head_dim in HEAD_DIMS:
-        codec, tokens = Codec(fmt, head_dim), ANCHOR_TOKENS if fmt.anchor else 32
+        codec, tokens = Codec(fmt, head_dim), BLOCK_TOKENS if fmt.anchor else 32
         cache = empty_cache(codec, 1, tokens, KV_HEADS, torch.device("cpu"))
         memory = cache.as_strided((cache.stride(0),), (1,))
         memory.zero_()

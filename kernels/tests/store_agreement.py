@@ -6,7 +6,7 @@ import torch
 
 from turboquant_kernels.codebook import codebook
 from turboquant_kernels.codec import Codec
-from turboquant_kernels.formats import ANCHOR_TOKENS, PAGE_TOKENS
+from turboquant_kernels.formats import BLOCK_TOKENS, PAGE_TOKENS
 from turboquant_kernels.packing import (
     KEY_RESIDUAL_NORM,
     KEY_SCALE,
@@ -34,7 +34,7 @@ def assert_same_as_reference(codec, key, value, slot_mapping, before, after):
     slot = slot_mapping[tokens].long()
     block, offset = slot // before.shape[1], slot % before.shape[1]
     if codec.fmt.anchor:
-        anchors = anchors_of(before, codec.fmt, codec.head_dim)[block, offset // ANCHOR_TOKENS]
+        anchors = anchors_of(before, codec.fmt, codec.head_dim)[block, offset // BLOCK_TOKENS]
         key = key.float().index_put((tokens,), key[tokens].float() - anchors.float())
         codec = Codec(dataclasses.replace(codec.fmt, anchor=False), codec.head_dim, codec.seed)
     before, after = before.contiguous(), after.contiguous()

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from turboquant_kernels.allocation import AllocationError, allocate, deal, sensitivities
 from turboquant_kernels.checkpoint import CheckpointError
 from turboquant_kernels.codebook import codebook
-from turboquant_kernels.formats import BF16, KEY_BITS, TIERS, KVFormat
+from turboquant_kernels.formats import BF16, BLOCK_TOKENS, KEY_BITS, TIERS, KVFormat
 from turboquant_kernels.tensors import Tensors
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 32, 4, 2, 64
@@ -38,9 +38,9 @@ def weights(layers: int = 4, prefix: str = "model.") -> dict[str, torch.Tensor]:
     return tensors
 
 
-def read(folder: Path, tensors: dict[str, torch.Tensor], **config) -> list[float]:
+def read(folder: Path, tensors: dict[str, torch.Tensor], *, anchor: bool = False, **config) -> list[float]:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
-    return sensitivities(Tensors.of_folder(folder), CONFIG | config)
+    return sensitivities(Tensors.of_folder(folder), CONFIG | config, anchor=anchor)
 
 
 def relative(values: list[float]) -> list[float]:
@@ -215,6 +215,57 @@ class TestSensitivities:
         tensors["model.layers.0.self_attn.q_proj.weight"] = torch.ones(8, 8, dtype=torch.uint8)
         with pytest.raises(AllocationError, match=r"q_proj .* not known"):
             read(tmp_path, tensors)
+
+
+class TestAnchors:
+    @pytest.mark.parametrize(
+        "config",
+        [
+            {},
+            {"rope_theta": 1e6},
+            {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}},
+            {"rope_scaling": {"type": "linear", "factor": 4.0}},
+            {"model_type": "glm4", "partial_rotary_factor": 0.5},
+        ],
+        ids=["default", "theta", "nested", "linear", "glm"],
+    )
+    def test_of_a_bias_what_turns_within_a_block_counts(self, tmp_path, config):
+        """Against the keys of a whole block, turned by the rotary embeddings of transformers."""
+        tensors, name = weights(1), "model.layers.0.self_attn.k_proj"
+        torch.manual_seed(1)
+        bias = torch.randn(KV_HEADS, HEAD_DIM) * 100
+        (plain,) = read(tmp_path, tensors, anchor=True, **config)
+        (found,) = read(tmp_path, tensors | {f"{name}.bias": bias.flatten()}, anchor=True, **config)
+
+        scaling = config.get("rope_scaling", {}).get("factor", 1.0)
+        theta = config.get("rope_theta") or config.get("rope_parameters", {}).get("rope_theta", 1e4)
+        turning = int(HEAD_DIM * config.get("partial_rotary_factor", 1))
+        angle = torch.arange(640, 640 + BLOCK_TOKENS)[:, None] / scaling
+        angle = angle * theta ** -(torch.arange(0, turning, 2) / turning)
+        x = bias[:, :turning]
+        pairs = x.unflatten(-1, (-1, 2)) if "model_type" in config else x.unflatten(-1, (2, -1)).mT
+        first, second = pairs[:, None].unbind(-1)
+        turned = torch.stack(
+            (first * angle.cos() - second * angle.sin(), first * angle.sin() + second * angle.cos())
+        )
+        moved = (turned - turned.mean(2, keepdim=True)).square().sum((0, 3)).mean(1).sum()
+        queries = (tensors["model.layers.0.self_attn.q_proj.weight"] * gains(tensors)).square().sum()
+        assert (found - plain) / queries == pytest.approx(float(moved), rel=1e-3)
+
+    def test_layers_have_fewer_bits_only_to_a_point(self):
+        assert min(deal([1e12, 1e12, 1.0, 1.0], 5, 128, 3)) == 3
+        assert TIERS["balanced"].lowest == KVFormat(3, 3, anchor=True)
+        assert TIERS["max-capacity"].lowest == KVFormat(2, 2, anchor=True)
+
+    def test_a_tier_on_a_gpu_has_none(self, tmp_path):
+        read(tmp_path, weights())
+        for device, anchor in (("cpu", True), ("cuda", False)):
+            plan = allocate(TIERS["balanced"].on(device), Tensors.of_folder(tmp_path), CONFIG)
+            assert {layer.anchor for layer in plan.layers} == {anchor}
+
+
+def gains(tensors):
+    return tensors["model.layers.0.input_layernorm.weight"]
 
 
 class TestAllocate:

@@ -23,16 +23,16 @@ def document(*layers: dict, **fields: object) -> dict:
 
 
 def test_a_format_name_is_a_uniform_plan() -> None:
-    assert requested_plan("tq-k4v4", {}, 3) == KVPlan.uniform(KVFormat(4, 4), 3)
+    assert requested_plan("tq-k4v4", {}, 3, "cpu") == KVPlan.uniform(KVFormat(4, 4), 3)
 
 
 def test_other_cache_dtypes_are_not_ours() -> None:
-    assert requested_plan("auto", {}, 3) is None
-    assert requested_plan("fp8", {"another_plugin": {}}, 3) is None
+    assert requested_plan("auto", {}, 3, "cpu") is None
+    assert requested_plan("fp8", {"another_plugin": {}}, 3, "cpu") is None
 
 
 def test_a_plan_overrides_the_format_and_sets_the_seed() -> None:
-    plan = requested_plan("tq-k4v4", document(K5V3, BF16), 2)
+    plan = requested_plan("tq-k4v4", document(K5V3, BF16), 2, "cpu")
     assert plan is not None
     assert plan.layers[0] == KVFormat(5, 3)
     assert plan.seed == 7
@@ -51,7 +51,7 @@ def test_a_plan_overrides_the_format_and_sets_the_seed() -> None:
 )
 def test_a_plan_that_does_not_fit_is_refused(cache_dtype: str, additional_config: dict, says: str) -> None:
     with pytest.raises(RefusedConfiguration) as refusal:
-        requested_plan(cache_dtype, additional_config, 2)
+        requested_plan(cache_dtype, additional_config, 2, "cpu")
     assert says in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
@@ -75,7 +75,7 @@ def test_every_format_can_be_served_on_the_cpu(facts: SimpleNamespace) -> None:
         ("reference_window", True, "R-SWA"),
         ("adaptive_verification", True, "adaptive verification"),
         ("fast_prefill", True, "--kv-sharing-fast-prefill"),
-        ("block_size", 24, "multiple of 16"),
+        ("block_size", 64, "multiple of 128"),
         ("head_dim", 72, "head_dim 72"),
         ("draft_head_dim", 72, "the draft model's head_dim 72"),
     ],
@@ -117,8 +117,11 @@ def test_a_gpu_serves_more_than_a_cpu(facts: SimpleNamespace, fact: str, value: 
     check_servable(KVPlan.uniform(KVFormat(4, 4), 4), EngineFacts(**vars(facts)))
 
 
-def test_anchors_are_refused_until_they_exist(facts: SimpleNamespace) -> None:
+def test_anchors_are_refused_on_gpus_until_they_exist_there(facts: SimpleNamespace) -> None:
+    facts.num_layers = 2
     plan = KVPlan((KVFormat(4, 4), KVFormat(4, 4, anchor=True)))
+    check_servable(plan, EngineFacts(**vars(facts)))
+    vars(facts).update(device="cuda", compute_capability=(9, 0))
     with pytest.raises(RefusedConfiguration, match=r"layers\[1\] has an anchor"):
         check_servable(plan, EngineFacts(**vars(facts)))
 

@@ -134,7 +134,7 @@ class Batch:
         expected = paged_attention(
             Codec(fmt, HEAD_DIM, PLAN.seed),
             self.query.cpu().float(),
-            blocks_of(cache).cpu(),
+            blocks_of(cache, impl.layer_codec(layer(index))).cpu(),
             self.block_table.cpu(),
             torch.tensor([0, *self.new]).cumsum(0).int(),
             torch.tensor(self.lens).int(),

@@ -1,4 +1,4 @@
-"""One value, whoever reads it: chunking, caching, load and preemption do not change an answer.
+"""What a query reads follows from positions: chunking, caching, load and preemption do not change an answer.
 
 On two layers of a pretrained model in float32, one with a sliding window shorter than the prompts and one
 without. What remains is rounding: a sum taken in another order. Almost always it stays rounding (1e-5 nats);
@@ -24,10 +24,18 @@ FLIP = 0.1
 
 same_answers = partial(assert_same_answers, rounding=ROUNDING, flip=FLIP)
 
-BLOCKS = 66
-"""Of 16 tokens: 32 for the layer with full attention, 33 for the one with a window, and the null block."""
+BLOCKS = 38
+"""The null block and room for two sequences of one block of tokens, which have 8 more for their raw block in
+each of the two layers, and for one block beyond that."""
 
 MAX_TOKENS = 8
+
+ARGUMENTS = {
+    "dtype": "float32",
+    "max_model_len": 512,
+    "max_num_batched_tokens": 512,
+    "kv_cache_memory_bytes": 64 << 20,
+}
 
 
 @pytest.fixture(scope="module")
@@ -51,24 +59,14 @@ def two_layers(gemma, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(start_engine, two_layers):
-    # The least blocks that one request of the maximum length needs, so that sixteen shorter ones do not fit.
-    return start_engine(
-        two_layers,
-        "tq-k4v4",
-        dtype="float32",
-        block_size=16,
-        max_model_len=512,
-        max_num_batched_tokens=512,
-        num_gpu_blocks_override=BLOCKS,
-        kv_cache_memory_bytes=64 << 20,
-    )
+    return start_engine(two_layers, "tq-k4v4", num_gpu_blocks_override=BLOCKS, **ARGUMENTS)
 
 
 @pytest.fixture(scope="module")
 def text(engine) -> list[int]:
     from models.texts import TEXTS
 
-    return engine.llm.get_tokenizer()(TEXTS[0]).input_ids
+    return engine.llm.get_tokenizer()("\n".join(TEXTS)).input_ids
 
 
 @pytest.fixture(scope="module")
@@ -86,20 +84,25 @@ def lone(engine):
 
 
 def test_a_prefix_hit_answers_as_a_fresh_request(engine, text, lone) -> None:
-    prompt = text[:190]
+    prompt = text[:390]
     expected = lone(prompt)
     engine.forget()
-    engine.generate([text[:150]], max_tokens=1)
+    engine.generate([text[:300]], max_tokens=1)
     (output,) = engine.generate([prompt], MAX_TOKENS, logprobs=2)
-    assert output.num_cached_tokens == 144
+    assert output.num_cached_tokens == 256
     same_answers([output], [expected])
 
 
-def test_a_chunked_prefill_answers_as_a_whole_one(engine, text, lone, monkeypatch) -> None:
-    prompt = text[:190]
+@pytest.mark.parametrize(
+    ("size", "expected_chunks"), [(100, [100, 100, 100, 90]), (128, [128, 128, 128, 6]), (255, [255, 135])]
+)
+def test_a_chunked_prefill_answers_as_a_whole_one(
+    engine, text, lone, monkeypatch, size: int, expected_chunks: list[int]
+) -> None:
+    prompt = text[:390]
     expected = lone(prompt)
     engine.forget()
-    monkeypatch.setattr(engine.scheduler, "max_num_scheduled_tokens", 50)
+    monkeypatch.setattr(engine.scheduler, "max_num_scheduled_tokens", size)
     schedule, chunks = engine.scheduler.schedule, []
 
     def record(*args):
@@ -109,20 +112,20 @@ def test_a_chunked_prefill_answers_as_a_whole_one(engine, text, lone, monkeypatc
 
     monkeypatch.setattr(engine.scheduler, "schedule", record)
     (output,) = engine.generate([prompt], MAX_TOKENS, logprobs=2)
-    assert chunks[:4] == [50, 50, 50, 40]
+    assert chunks[: len(expected_chunks)] == expected_chunks
     same_answers([output], [expected])
 
 
 def test_a_batch_of_mixed_lengths_answers_as_lone_requests(engine, text, lone) -> None:
-    prompts = [text[:190], text[100:200], text[30:67], text[:1]]
+    prompts = [text[:390], text[100:300], text[30:158], text[30:67], text[:1]]
     expected = [lone(prompt) for prompt in prompts]
     engine.forget()
     same_answers(engine.generate(prompts, MAX_TOKENS, logprobs=2), expected)
 
 
 def test_a_preempted_request_answers_as_an_undisturbed_one(engine, text, lone) -> None:
-    # Each holds 2 blocks for each of the two layers, 64 of the 65 in all; their third token needs more.
-    prompts = [text[start : start + 30] for start in range(0, 160, 10)]
+    # Two fit at a time, until their third token needs a second block.
+    prompts = [text[start : start + 126] for start in range(0, 80, 20)]
     expected = [lone(prompt) for prompt in prompts]
     engine.forget()
     before = preemptions(engine)
@@ -136,7 +139,7 @@ def preemptions(engine) -> int:
 
 
 def test_a_cancelled_request_leaves_the_others_alone(engine, text, lone) -> None:
-    prompts = [text[start : start + 60] for start in (0, 40, 80)]
+    prompts = [text[start : start + 125] for start in (0, 40, 80)]
     expected = [lone(prompt) for prompt in prompts]
     engine.forget()
     finished = engine.generate_and_cancel(prompts, MAX_TOKENS, cancelled=1, after_steps=4, logprobs=2)
@@ -145,9 +148,20 @@ def test_a_cancelled_request_leaves_the_others_alone(engine, text, lone) -> None
     same_answers(engine.generate(prompts, MAX_TOKENS, logprobs=2), expected)
 
 
-@pytest.mark.parametrize("missing", [1, 100, 180])
+def test_answers_within_the_first_block_are_those_of_an_uncompressed_cache(
+    engine, start_engine, two_layers, text, lone
+) -> None:
+    plain = start_engine(two_layers, "auto", **ARGUMENTS)
+    prompts = [text[:118], text[200:300], text[:1]]
+    same_answers([lone(prompt) for prompt in prompts], plain.generate(prompts, MAX_TOKENS, logprobs=2))
+    # Not so behind it.
+    with pytest.raises(AssertionError):
+        same_answers([lone(text[:390])], plain.generate([text[:390]], MAX_TOKENS, logprobs=2))
+
+
+@pytest.mark.parametrize("missing", [1, 150, 380])
 def test_the_comparison_shows_one_token_that_is_not_read(text, lone, missing: int) -> None:
     """The comparison above can fail: with one token of the prompt left out it does."""
-    prompt = text[:190]
+    prompt = text[:390]
     with pytest.raises(AssertionError):
         same_answers([lone(prompt[:missing] + prompt[missing + 1 :])], [lone(prompt)])

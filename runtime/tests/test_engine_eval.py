@@ -59,7 +59,6 @@ def test_overwritten_pages_show(start_engine, gemma, text_file, tmp_path) -> Non
             max_model_len=512,
             max_num_batched_tokens=128,
             kv_cache_memory_bytes=64 << 20,
-            block_size=32,
         )
         for cache in ("auto", "tq-k4v4")
     )

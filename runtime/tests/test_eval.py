@@ -198,10 +198,10 @@ RUNS = [EngineRun("m", "auto", is_reference=True), EngineRun("m", "auto", 64), E
 def measured(kl: float | None = None) -> Measured:
     """What an engine reports whose KL is `kl` all over the first text, three times that over the second."""
     if kl is None:
-        return Measured("cpu", "vllm 0", 128, [" 4821.", " 78"], [[1, 2, 3]])
+        return Measured("cpu", "cpu", "vllm 0", 128, [" 4821.", " 78"], [[1, 2, 3]])
     distances = [numpy.full(127, kl, "f4"), numpy.full(127, 3 * kl, "f4")]
     top1 = [numpy.ones(127, bool), numpy.zeros(127, bool)]
-    return Measured("cpu", "vllm 0", 128, [" 4821.", " 78"], [[1, 2, 4]], distances, top1)
+    return Measured("cpu", "cpu", "vllm 0", 128, [" 4821.", " 78"], [[1, 2, 4]], distances, top1)
 
 
 def row(run=RUNS[2], kl=0.1, far=None) -> results.Row:
@@ -228,7 +228,7 @@ def test_the_reference_has_no_distance_to_itself() -> None:
 
 
 def test_bytes_are_unknown_for_a_cache_that_is_no_uniform_format() -> None:
-    assert results.slot_bytes("int4_per_token_head", 128) is None
+    assert results.token_bytes("int4_per_token_head", 128, "cuda") is None
 
 
 def test_the_picture_is_the_same_bytes_each_time(tmp_path) -> None:

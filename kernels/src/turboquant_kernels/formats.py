@@ -10,8 +10,9 @@ inside a page is in `turboquant_kernels.packing`.
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from math import ceil, lcm
 from typing import Self
 
 KEY_BITS = (2, 3, 4, 5, 6, 8)
@@ -22,8 +23,9 @@ HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 PAGE_TOKENS = 16
 """Tokens in one kernel page: the unit in which codes and scales are laid out."""
 
-ANCHOR_TOKENS = 128
-"""Tokens that share one key anchor, the vector subtracted from their keys before quantization."""
+BLOCK_TOKENS = 128
+"""Tokens of a block, by position: read raw by the queries among them, encoded once the block is complete.
+They share one key anchor, the mean of their keys, which is subtracted before quantization."""
 
 SCALE_BYTES = 2
 """One fp16 scale per vector: the factor from unit codebook levels to the rotated vector."""
@@ -55,7 +57,7 @@ class KVFormat:
     value_bits: int
     encoding: Encoding = Encoding.MSE
     anchor: bool = False
-    """One key anchor per KV head and `ANCHOR_TOKENS` tokens is stored with the pages."""
+    """One key anchor per KV head and `BLOCK_TOKENS` tokens is stored with the pages."""
 
     def __post_init__(self) -> None:
         if self.encoding is Encoding.PLAIN:
@@ -131,7 +133,7 @@ class KVFormat:
 
         Raises ValueError where the tokens are no whole pages or, with anchors, no whole anchor blocks.
         """
-        unit = ANCHOR_TOKENS if self.anchor else PAGE_TOKENS if self.compressed else 1
+        unit = BLOCK_TOKENS if self.anchor else PAGE_TOKENS if self.compressed else 1
         if tokens % unit:
             raise ValueError(
                 f"{tokens} tokens are not a multiple of {unit}, the block that {self.name} stores"
@@ -139,12 +141,22 @@ class KVFormat:
         return tokens * self.slot_bytes(head_dim) + self.anchor_bytes(head_dim, tokens)
 
     def anchor_bytes(self, head_dim: int, tokens: int) -> int:
-        """Bytes of the anchors of `tokens` tokens of one KV head, a multiple of `ANCHOR_TOKENS`."""
-        return tokens // ANCHOR_TOKENS * head_dim * ANCHOR_ELEMENT_BYTES if self.anchor else 0
+        """Bytes of the anchors of `tokens` tokens of one KV head, a multiple of `BLOCK_TOKENS`."""
+        return tokens // BLOCK_TOKENS * head_dim * ANCHOR_ELEMENT_BYTES if self.anchor else 0
+
+    def token_bytes(self, head_dim: int) -> int:
+        """Bytes of a cache for each token of one KV head: its slot and its share of the anchor, rounded up to
+        a whole number, as the engine counts."""
+        return ceil(self.page_bytes(head_dim, BLOCK_TOKENS) / BLOCK_TOKENS)
+
+    def raw_blocks(self, head_dim: int, element_bytes: int) -> int:
+        """Blocks of this format whose bytes hold `BLOCK_TOKENS` tokens of the model's own dtype."""
+        raw_bytes = 2 * head_dim * element_bytes
+        return ceil(BLOCK_TOKENS / (BLOCK_TOKENS * self.token_bytes(head_dim) // raw_bytes))
 
     def ratio_to_bf16(self, head_dim: int) -> float:
         """Tokens that fit where one bf16 token did, anchors charged."""
-        return BF16.page_bytes(head_dim, ANCHOR_TOKENS) / self.page_bytes(head_dim, ANCHOR_TOKENS)
+        return BF16.page_bytes(head_dim, BLOCK_TOKENS) / self.page_bytes(head_dim, BLOCK_TOKENS)
 
 
 BF16 = KVFormat(16, 16, Encoding.PLAIN)
@@ -170,6 +182,8 @@ class Tier:
     key_bits: int
     """Mean over the layers."""
     value_bits: int
+    anchor: bool = True
+    """Keys are stored less the mean of their block."""
 
     @property
     def cache_dtype(self) -> str:
@@ -179,8 +193,22 @@ class Tier:
     @property
     def format(self) -> KVFormat:
         """The format of every layer where bits are not dealt; its bytes are those of the tier."""
-        return KVFormat(self.key_bits, self.value_bits)
+        return KVFormat(self.key_bits, self.value_bits, anchor=self.anchor)
 
+    @property
+    def lowest(self) -> KVFormat:
+        """The format of fewest bits that a layer may have: two bits below the mean, so that the blocks which
+        hold a raw block are known before bits are dealt."""
+        return replace(self.format, key_bits=max(KEY_BITS[0], self.key_bits - 2))
+
+    def on(self, device: str) -> "Tier":
+        """The tier as an engine on `cpu` or `cuda` serves it."""
+        return self if device in RAW_BLOCK_DEVICES else replace(self, anchor=False)
+
+
+RAW_BLOCK_DEVICES = ("cpu",)
+"""Devices whose engine reads each query's own block raw and stores key anchors; elsewhere every token is read
+as stored, and tiers have no anchors."""
 
 QUALITIES = {
     tier.name: tier
@@ -207,7 +235,35 @@ def find_tier(cache_dtype: str) -> Tier | None:
     return next((tier for tier in TIERS.values() if tier.cache_dtype == cache_dtype), None)
 
 
-def base_format(cache_dtype: str) -> KVFormat:
-    """The format of every layer that no plan names. ValueError as `KVFormat.parse`."""
+def base_format(cache_dtype: str, device: str = "cuda") -> KVFormat:
+    """The format of every layer that no plan names, in an engine on `cpu` or `cuda`. ValueError as
+    `KVFormat.parse`."""
     tier = find_tier(cache_dtype)
-    return tier.format if tier else KVFormat.parse(cache_dtype)
+    return tier.on(device).format if tier else KVFormat.parse(cache_dtype)
+
+
+def blocks_of_one_size(
+    block_tokens: int, unit: int, token_bytes: int, plain_unit: int, plain_bytes: int
+) -> tuple[int, int]:
+    """Tokens of a compressed block and of one in the model's own dtype, where all pages have one size.
+
+    The compressed block is the smallest multiple of `unit`, from `block_tokens` on, whose bytes blocks in the
+    model's own dtype fill well; such a block divides it, so that prefixes are shared at whole blocks of both.
+    plain_unit: tokens of the smallest block in the model's own dtype. Bytes are those of a token.
+    """
+    first = ceil(block_tokens / unit) * unit
+    most = ceil(plain_bytes / token_bytes) * ceil(first / plain_unit) * lcm(unit, plain_unit)
+    best, filled = (most, plain_unit), 0.0
+    for block in range(first, most + 1, unit):
+        page = block * token_bytes
+        fitting = [n for n in range(plain_unit, page // plain_bytes + 1, plain_unit) if block % n == 0]
+        share = max(fitting, default=0) * plain_bytes / page
+        if share > filled:
+            best, filled = (block, fitting[-1]), share
+        if filled >= _WELL_FILLED:
+            break
+    return best
+
+
+_WELL_FILLED = 0.75
+"""Of a page; longer blocks, which might be filled better, cost more where sequences end."""

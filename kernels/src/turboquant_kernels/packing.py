@@ -32,7 +32,7 @@ adjacent, so that one load brings them. Residual signs are a plane in natural or
 `KVFormat`; the sum is 16 times `KVFormat.slot_bytes`.
 
 A block of the engine's cache holds the pages of its KV heads and, if the format has them, after all pages one
-bf16 vector for each KV head and `ANCHOR_TOKENS` tokens, the anchor that was subtracted from their keys:
+bf16 vector for each KV head and `BLOCK_TOKENS` tokens, the anchor that was subtracted from their keys:
 
     [block_size / 16][kv_heads][page_bytes] | [block_size / 128][kv_heads][head_dim] bf16
 """
@@ -42,7 +42,7 @@ from functools import cache, reduce
 
 import torch
 
-from turboquant_kernels.formats import ANCHOR_TOKENS, PAGE_TOKENS, Encoding, KVFormat
+from turboquant_kernels.formats import BLOCK_TOKENS, PAGE_TOKENS, Encoding, KVFormat
 
 PAGE_LAYOUT_VERSION = 1
 """To be raised whenever a block of the cache would hold other bytes for the same keys and values: by another
@@ -294,7 +294,7 @@ def anchors_of(kv_cache: torch.Tensor, fmt: KVFormat, head_dim: int) -> torch.Te
 
     kv_cache is the view of the pages, as for `pages_of`; its blocks lie at least kv_heads times
     `fmt.page_bytes(head_dim, block_size)` bytes apart. Raises ValueError where they do not, or where
-    block_size is no multiple of `ANCHOR_TOKENS`.
+    block_size is no multiple of `BLOCK_TOKENS`.
     """
     num_blocks, block_size, kv_heads, slot_bytes = kv_cache.shape
     block_bytes = kv_heads * fmt.page_bytes(head_dim, block_size)
@@ -303,9 +303,9 @@ def anchors_of(kv_cache: torch.Tensor, fmt: KVFormat, head_dim: int) -> torch.Te
             f"blocks lie {kv_cache.stride(0)} bytes apart and take {block_bytes} with their key anchors"
         )
     # No operation on `kv_cache` reaches beyond its own shape, so the view is made by hand.
-    anchor_bytes = fmt.anchor_bytes(head_dim, ANCHOR_TOKENS)
+    anchor_bytes = fmt.anchor_bytes(head_dim, BLOCK_TOKENS)
     anchors = kv_cache.as_strided(
-        (num_blocks, block_size // ANCHOR_TOKENS, kv_heads, anchor_bytes),
+        (num_blocks, block_size // BLOCK_TOKENS, kv_heads, anchor_bytes),
         (kv_cache.stride(0), kv_heads * anchor_bytes, anchor_bytes, 1),
         kv_cache.storage_offset() + block_size * kv_heads * slot_bytes,
     )

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from turboquant_kernels.codebook import codebook
-from turboquant_kernels.formats import ANCHOR_TOKENS, PAGE_TOKENS, SCALE_BYTES, KVFormat
+from turboquant_kernels.formats import BLOCK_TOKENS, PAGE_TOKENS, SCALE_BYTES, KVFormat
 from turboquant_kernels.packing import key_order, page_layout
 from turboquant_kernels.unpack_ptx import levels_ptx
 
@@ -44,7 +44,7 @@ def page_constants(fmt: KVFormat, head_dim: int, kv_heads: int, block_size: int)
         "KV_HEADS": kv_heads,
         "BLOCK_PAGES": block_size // PAGE_TOKENS,
         "PAGE_TOKENS": PAGE_TOKENS,
-        "ANCHOR_TOKENS": ANCHOR_TOKENS,
+        "BLOCK_TOKENS": BLOCK_TOKENS,
         "PAGE_BYTES": layout.page_bytes,
         "KEY_BITS": fmt.key_code_bits,
         "VALUE_BITS": fmt.value_bits,

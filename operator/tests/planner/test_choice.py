@@ -237,7 +237,7 @@ class TestMemory:
             ),
             facts("llama-3.1-8b"),
         )
-        assert (plan.predicted_tokens, plan.baseline_tokens) == (126_976, 32_768)
+        assert (plan.predicted_tokens, plan.baseline_tokens) == (119_506, 32_768)
         assert (plan.gpus_per_replica, plan.accelerator) == (0, "cpu")
 
     def test_cpu_needs_no_weights(self, spec, facts):
@@ -273,14 +273,14 @@ class TestMemory:
         )
         assert (answer.type, answer.status, answer.reason) == ("PlanFits", "False", "InsufficientMemory")
         assert "lower capacity.concurrentSequences to 3" in answer.message
-        assert "raise kvCache.memory to 4229Mi" in answer.message
+        assert "raise kvCache.memory to 4493Mi" in answer.message
 
     def test_the_memory_that_is_named_as_way_out_fits(self, spec, facts):
         asked = {"contextLength": 8192, "concurrentSequences": 16}
-        cache = {"memory": "4229Mi", "format": "tq-k4v4"}
+        cache = {"memory": "4493Mi", "format": "tq-k4v4"}
         cpu = {"type": "cpu"}
         assert planned(spec(accelerator=cpu, kvCache=cache, capacity=asked), facts("llama-3.1-8b"))
-        cache["memory"] = "4228Mi"
+        cache["memory"] = "4492Mi"
         assert refusal(spec(accelerator=cpu, kvCache=cache, capacity=asked), facts("llama-3.1-8b"))
 
     def test_a_lower_tier_that_would_fit_is_named(self, spec, facts):
@@ -288,7 +288,7 @@ class TestMemory:
             spec(
                 accelerator={"type": "cpu"},
                 kvCache={"memory": "4Gi", "quality": "near-lossless"},
-                capacity={"contextLength": 8192, "concurrentSequences": 14},
+                capacity={"contextLength": 8192, "concurrentSequences": 12},
             ),
             facts("llama-3.1-8b"),
         )

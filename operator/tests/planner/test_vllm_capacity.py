@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from turboquant_kernels.formats import BF16, KVFormat
+from turboquant_kernels.formats import BF16, KVFormat, base_format, find_tier
 from turboquant_operator.planner import read_facts
 from turboquant_operator.planner.engine import engine_settings
 from turboquant_operator.planner.options import Choice, Option
@@ -45,11 +45,11 @@ CASES: dict[str, dict[str, Any]] = {
         "max_model_len": 2048,
         "args": {"max_num_batched_tokens": 512, "max_num_seqs": 8},
     },
-    "block of 64": {
+    "block of 256": {
         "cache_dtype": "tq-k8v4",
         "memory": 2**34,
         "max_model_len": 1024,
-        "args": {"block_size": 64},
+        "args": {"block_size": 256},
     },
     "two plain layers": {
         "cache_dtype": "tq-k4v4",
@@ -68,6 +68,13 @@ CASES: dict[str, dict[str, Any]] = {
         "memory": 2**34,
         "max_model_len": 2048,
         "mix": ["tq-k8v4", "tq-k4v4", "bf16", "tq-k6v2"],
+    },
+    "a tier": {"cache_dtype": "tq-balanced", "memory": 2**34, "max_model_len": 2048},
+    "a tier beside plain layers": {
+        "cache_dtype": "tq-max-capacity",
+        "memory": 2**34,
+        "max_model_len": 2048,
+        "skip_layers": [1, 2],
     },
     "unbiased keys": {"cache_dtype": "tq-k3v4-prod", "memory": 2**33, "max_model_len": 512},
 }
@@ -94,8 +101,10 @@ def predicted(name: str, case: dict[str, Any], config) -> Option:
     facts = read_facts(config(name))
     context = case.get("max_model_len") or facts.context_length
     flags = [f"--{flag.replace('_', '-')}={value}" for flag, value in case.get("args", {}).items()]
-    fmt = BF16 if case["cache_dtype"] == "auto" else KVFormat.parse(case["cache_dtype"])
+    fmt = BF16 if case["cache_dtype"] == "auto" else base_format(case["cache_dtype"], "cpu")
     choice = Choice.uniform(fmt, facts, case.get("skip_layers", ()))
+    if tier := find_tier(case["cache_dtype"]):
+        choice = Choice.of_tier(tier.on("cpu"), facts, case.get("skip_layers", ()))
     if mix := [KVFormat.parse(name) for name in case.get("mix", ())]:
         choice = Choice(fmt.name, tuple(mix[layer % len(mix)] for layer in range(facts.layers)))
     return Option(choice, facts, engine_settings(flags, None, context), context, 1, 1, case["memory"])

@@ -12,9 +12,11 @@ from typing import Any
 
 from turboquant_kernels.formats import (
     BF16,
+    BLOCK_TOKENS,
     COMPRESSED_FORMATS,
     HEAD_DIMS,
     PAGE_TOKENS,
+    RAW_BLOCK_DEVICES,
     TIER_NAMES,
     KVFormat,
     base_format,
@@ -98,9 +100,11 @@ def attention_layers(num_layers: int, layer_types: Sequence[str] | None) -> tupl
     )
 
 
-def requested_plan(cache_dtype: str, additional_config: Mapping[str, Any], num_layers: int) -> KVPlan | None:
-    """The format of every layer with attention, of which the model has `num_layers`; None where
-    no format of this package is chosen.
+def requested_plan(
+    cache_dtype: str, additional_config: Mapping[str, Any], num_layers: int, device: str
+) -> KVPlan | None:
+    """The format of every layer with attention, of which the model has `num_layers`, in an engine on `cpu` or
+    `cuda`; None where no format of this package is chosen.
 
     A KV plan needs a `--kv-cache-dtype` of this package beside it, which vLLM uses to tell compressed layers
     from others; its entries override that format. Entries of the plain bf16 format are layers that keep the
@@ -118,7 +122,7 @@ def requested_plan(cache_dtype: str, additional_config: Mapping[str, Any], num_l
             )
         return None
     if document is None:
-        return KVPlan.uniform(base_format(cache_dtype), num_layers)
+        return KVPlan.uniform(base_format(cache_dtype, device), num_layers)
     if not isinstance(document, dict):
         raise RefusedConfiguration(
             f"KV plan: {PLAN_KEY!r} in --additional-config is {document!r}, not an object; "
@@ -167,13 +171,14 @@ def check_servable(plan: KVPlan, facts: EngineFacts) -> None:
             f"{plan_name(plan)}: bidirectional attention over tokens of {' and '.join(modalities)} is not "
             f"supported: add --limit-mm-per-prompt '{{{limits}}}', {_UNCOMPRESSED}"
         )
-    if facts.block_size % PAGE_TOKENS:
+    unit = BLOCK_TOKENS if facts.device in RAW_BLOCK_DEVICES else PAGE_TOKENS
+    if facts.block_size % unit:
         raise RefusedConfiguration(
-            f"--block-size {facts.block_size} is not a multiple of {PAGE_TOKENS}, the tokens of one "
-            "compressed page: leave it out or choose a multiple"
+            f"--block-size {facts.block_size} is not a multiple of {unit}, the tokens of one "
+            "compressed block: leave it out or choose a multiple"
         )
     for index, layer in enumerate(plan.layers):
-        _check_layer(index, layer, facts.head_dim)
+        _check_layer(index, layer, facts)
     if facts.draft_head_dim is not None and facts.draft_head_dim not in HEAD_DIMS:
         raise RefusedConfiguration(
             f"{plan_name(plan)}: the draft model's head_dim {facts.draft_head_dim} is not one of "
@@ -203,7 +208,7 @@ def _check_device(facts: EngineFacts) -> None:
         )
 
 
-def _check_layer(index: int, layer: KVFormat, head_dim: int) -> None:
+def _check_layer(index: int, layer: KVFormat, facts: EngineFacts) -> None:
     if layer == BF16:
         return
     if not layer.compressed:
@@ -211,12 +216,12 @@ def _check_layer(index: int, layer: KVFormat, head_dim: int) -> None:
             f"KV plan: layers[{index}] is {layer.name}, which cannot stand beside compressed layers: "
             "use a compressed format, or 16 bits for both to keep the model's own dtype"
         )
-    if layer.anchor:
+    if layer.anchor and facts.device not in RAW_BLOCK_DEVICES:
         raise RefusedConfiguration(
-            f"KV plan: layers[{index}] has an anchor, which is not supported yet: set anchor to false"
+            f"KV plan: layers[{index}] has an anchor, which is not supported on GPUs yet: set anchor to false"
         )
     try:
-        layer.slot_bytes(head_dim)
+        layer.slot_bytes(facts.head_dim)
     except ValueError as error:
         raise RefusedConfiguration(f"{error}: choose another model, {_UNCOMPRESSED}") from error
 

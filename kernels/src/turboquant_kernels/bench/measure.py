@@ -28,7 +28,7 @@ from turboquant_kernels.bench.rows import (
     Shape,
 )
 from turboquant_kernels.codec import Codec
-from turboquant_kernels.formats import ANCHOR_TOKENS, KVFormat
+from turboquant_kernels.formats import BLOCK_TOKENS, KVFormat
 
 RAGGED_LENGTHS = (1024, 65536)
 """The ragged batch draws its lengths from this range, as many as the first shape has sequences."""
@@ -184,7 +184,7 @@ class Benchmark:
         found: dict[str, float] = {}
         for name, one in (("plain", codec), ("anchor", anchored)):
             calls = [
-                subject.decode(equal_step(one, shape, self.device, block_size=ANCHOR_TOKENS, seed=seed))
+                subject.decode(equal_step(one, shape, self.device, block_size=BLOCK_TOKENS, seed=seed))
                 for seed in range(2)
             ]
             found[f"{name}_ms"] = clocks.do_bench_ms(calls[0])

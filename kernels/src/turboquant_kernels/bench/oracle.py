@@ -13,7 +13,7 @@ import torch
 
 from turboquant_kernels.codebook import codebook
 from turboquant_kernels.codec import Codec
-from turboquant_kernels.formats import ANCHOR_TOKENS, PAGE_TOKENS
+from turboquant_kernels.formats import BLOCK_TOKENS, PAGE_TOKENS
 from turboquant_kernels.packing import (
     KEY_RESIDUAL_NORM,
     KEY_SCALE,
@@ -57,7 +57,7 @@ def attention(
     if codec.fmt.anchor:
         anchors = anchors_of(kv_cache, codec.fmt, codec.head_dim)[blocks].flatten(0, 1).double()
         anchors = anchors.transpose(0, 1) @ rotation(codec, query.device).T
-        key = key + anchors.repeat_interleave(ANCHOR_TOKENS, dim=1)
+        key = key + anchors.repeat_interleave(BLOCK_TOKENS, dim=1)
     tokens = [count * block_size for count in used]
     keys, values = key.split(tokens, dim=1), value.split(tokens, dim=1)
     rotated = query.double() @ rotation(codec, query.device).T

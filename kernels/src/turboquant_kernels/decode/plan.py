@@ -24,7 +24,7 @@ from turboquant_kernels.codec import Codec
 from turboquant_kernels.decode import hopper, portable
 from turboquant_kernels.decode.merge import merge
 from turboquant_kernels.decode.schedule import Schedule, fill
-from turboquant_kernels.formats import ANCHOR_TOKENS, PAGE_TOKENS
+from turboquant_kernels.formats import BLOCK_TOKENS, PAGE_TOKENS
 from turboquant_kernels.packing import anchors_of, pages_of
 from turboquant_kernels.queries.kernel import rotate_queries, unrotate
 from turboquant_kernels.queries.reference import QuantizedQueries
@@ -197,7 +197,7 @@ class DecodePlan:
         """
         tile_pages = self.launch.tile_tokens // PAGE_TOKENS
         # Pages that share a key anchor go to one program.
-        together = ANCHOR_TOKENS // PAGE_TOKENS if self.shape.codec.fmt.anchor else 1
+        together = BLOCK_TOKENS // PAGE_TOKENS if self.shape.codec.fmt.anchor else 1
         fill(self.splits, seq_lens, self.shape.query_len, self.shape.window, tile_pages, together)
 
     def run(

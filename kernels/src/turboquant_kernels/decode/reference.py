@@ -2,9 +2,9 @@
 
     o_i = sum_j softmax_j(cap(scale * q_i . k_j)) v_j
 
-over the tokens j that query i sees, keys and values as the cache stores them, those of the query's own chunk
-included. Rotations preserve inner products, so queries are rotated once instead of every key back, and the
-output is un-rotated once.
+over the tokens j that query i sees: those of its own block as the model made them, earlier ones as the cache
+stores them (`turboquant_kernels.raw_block`). Rotations preserve inner products, so queries are rotated once
+instead of every stored key back, and the sum of stored values is un-rotated once.
 
 The CPU engine serves from it; GPU kernels are tested against it. `tiles` cuts the batch into equal parts;
 here each is computed with the running maximum and sum of an online softmax (FlashAttention, arXiv
@@ -15,8 +15,9 @@ import torch
 
 from turboquant_kernels.codec import Codec
 from turboquant_kernels.decode.tiles import Tiles, tile_batch
-from turboquant_kernels.formats import ANCHOR_TOKENS, PAGE_TOKENS
+from turboquant_kernels.formats import BLOCK_TOKENS, PAGE_TOKENS
 from turboquant_kernels.packing import anchors_of, pages_of
+from turboquant_kernels.raw_block import OwnTokens
 
 SCRATCH_BYTES = 8 << 20
 """Decompressed keys and values, and scores, that are held at a time. Larger tensors leave the caches and the
@@ -37,6 +38,7 @@ def paged_attention(
     sinks: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     tiles: list[Tiles] | None = None,
+    own: OwnTokens | None = None,
 ) -> torch.Tensor:
     """Causal attention of a ragged batch of queries to their sequences in the compressed cache.
 
@@ -52,21 +54,23 @@ def paged_attention(
     without a value. `tiles` saves the layers of one step from cutting the same batch again: `tile_batch` of
     the same lengths and window.
 
+    `own`: the raw tokens of each query's block, which it reads in place of what is stored of that block.
+    Without them every token is read as stored.
+
     Returns [num_tokens, q_heads, D] in the query's dtype, or fills and returns `out`. Padding rows and
     queries that see nothing are zero. Arithmetic is float32.
     """
     cache = _Cache(codec, kv_cache, block_table)
     if tiles is None:
-        tiles = tile_batch(query_start_loc, seq_lens, window)
-    rotated = codec.rotate(query) * scale
-    output = torch.zeros_like(rotated)
+        tiles = tile_batch(query_start_loc, seq_lens, window, raw_block=own is not None)
+    scaled = query.float() * scale
+    output = torch.zeros_like(scaled)
     for same_shape in tiles:
-        at_once = max(1, SCRATCH_BYTES // _tile_bytes(same_shape, cache.kv_heads, rotated))
+        at_once = max(1, SCRATCH_BYTES // _tile_bytes(same_shape, cache.kv_heads, scaled))
         for group in same_shape.split(at_once):
             rows, used = group.rows()
-            result = _attend(cache, rotated[rows], group, window, soft_cap, sinks)
+            result = _attend(cache, scaled[rows], group, window, soft_cap, sinks, own)
             output[rows[used]] = result[used]
-    output = codec.unrotate(output)
     return output.to(query.dtype) if out is None else out.copy_(output)
 
 
@@ -77,22 +81,28 @@ def _attend(
     window: int | None,
     soft_cap: float | None,
     sinks: torch.Tensor | None,
+    own: OwnTokens | None,
 ) -> torch.Tensor:
-    """Attention of some tiles: float32 [n, width, q_heads, D], queries rotated and scaled -> same shape."""
-    n, width, q_heads, head_dim = query.shape
-    kv_heads = cache.kv_heads
-    group = q_heads // kv_heads
+    """Attention of some tiles: float32 [n, width, q_heads, D], queries scaled -> same shape."""
+    _, width, q_heads, _ = query.shape
+    group = q_heads // cache.kv_heads
     # The rows of one matrix product are all queries that share a KV head.
-    query = query.view(n, width, kv_heads, group, head_dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    query = query.unflatten(2, (cache.kv_heads, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    rotated = cache.codec.rotate(query)
     query_position = (tiles.position[:, None] + torch.arange(width))[:, :, None]
+    softmax = _OnlineSoftmax(query, group, sinks)
 
-    # Finite, so that a chunk of which a query sees nothing leaves exp(maximum - maximum) = 1.
-    maximum = query.new_full((n, kv_heads, group * width, 1), torch.finfo(torch.float32).min)
-    total = torch.zeros_like(maximum)
-    if sinks is not None:
-        maximum.unflatten(2, (group, width)).copy_(sinks.reshape(kv_heads, group, 1, 1))
-        total.fill_(1.0)
-    output = torch.zeros_like(query)
+    def add(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, position: torch.Tensor) -> None:
+        """position: int64 [n, tokens], those of the tokens."""
+        score = query @ key.mT
+        if soft_cap:
+            score = soft_cap * torch.tanh(score / soft_cap)
+        n, position = len(key), position[:, None]
+        unseen = position > query_position[:n]
+        if window is not None:
+            unseen |= position <= query_position[:n] - window
+        score.unflatten(2, (group, width)).masked_fill_(unseen[:, None, None], float("-inf"))
+        softmax.add(score, value)
 
     context = tiles.context()
     for offset in range(0, int(context[0]), tiles.chunk):
@@ -100,24 +110,49 @@ def _attend(
         n = int((context > offset).sum())
         first = tiles.start[:n, None] + offset
         key, value = cache.read(tiles.sequence[:n, None], first, tiles.chunk)
+        position = first + torch.arange(tiles.chunk)
+        # What follows the stored tokens is none, whatever its page holds.
+        position = position.where(position < tiles.end[:n, None], _NEVER)
+        add(rotated[:n], key, value, position)
+    softmax.output = cache.codec.unrotate(softmax.output)
+    if own is not None:
+        block = tiles.position // BLOCK_TOKENS
+        key, value = (x.float().transpose(1, 2) for x in own.block(tiles.sequence, block))
+        add(query, key, value, block[:, None] * BLOCK_TOKENS + torch.arange(BLOCK_TOKENS))
+    return softmax.result().unflatten(2, (group, width)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
-        score = query[:n] @ key.mT
-        if soft_cap:
-            score = soft_cap * torch.tanh(score / soft_cap)
-        position = (first + torch.arange(tiles.chunk))[:, None]
-        unseen = position > query_position[:n]
-        if window is not None:
-            unseen |= position <= query_position[:n] - window
-        score.unflatten(2, (group, width)).masked_fill_(unseen[:, None, None], float("-inf"))
 
-        new_maximum = torch.maximum(maximum[:n], score.amax(-1, keepdim=True))
-        weight = score.sub_(new_maximum).exp_()
-        decay = torch.exp(maximum[:n] - new_maximum)
-        total[:n] = total[:n] * decay + weight.sum(-1, keepdim=True)
-        output[:n] = output[:n] * decay + weight @ value
-        maximum[:n] = new_maximum
-    output = output / total.clamp_min(torch.finfo(torch.float32).tiny)
-    return output.unflatten(2, (group, width)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+_NEVER = 2**62
+"""A position that no query sees."""
+
+
+class _OnlineSoftmax:
+    """The running maximum, sum of weights and sum of weighted values of some tiles."""
+
+    def __init__(self, query: torch.Tensor, group: int, sinks: torch.Tensor | None) -> None:
+        """query: float32 [n, kv_heads, group * width, D]; sinks as `paged_attention` takes them."""
+        # Finite, so that tokens of which a query sees none leave exp(maximum - maximum) = 1.
+        self.maximum = query.new_full((*query.shape[:-1], 1), torch.finfo(torch.float32).min)
+        self.total = torch.zeros_like(self.maximum)
+        self.output = torch.zeros_like(query)
+        if sinks is not None:
+            by_head = self.maximum.unflatten(2, (group, -1))
+            by_head.copy_(sinks.reshape(query.shape[1], group, 1, 1))
+            self.total.fill_(1.0)
+
+    def add(self, score: torch.Tensor, value: torch.Tensor) -> None:
+        """Scores of the first n tiles, [n, kv_heads, group * width, tokens], and [n, kv_heads, tokens, D]."""
+        n = len(score)
+        maximum = torch.maximum(self.maximum[:n], score.amax(-1, keepdim=True))
+        weight = score.sub_(maximum).exp_()
+        decay = torch.exp(self.maximum[:n] - maximum)
+        self.total[:n] = self.total[:n] * decay + weight.sum(-1, keepdim=True)
+        self.output[:n] = self.output[:n] * decay + weight @ value
+        self.maximum[:n] = maximum
+
+    def result(self) -> torch.Tensor:
+        """Zero for queries that see nothing."""
+        return self.output / self.total.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 class _Cache:
@@ -147,7 +182,7 @@ class _Cache:
         encoded = self.pages.view(torch.int64)[block, page].view(torch.uint8).transpose(1, 2)
         key, value = self.codec.read_rotated_keys(encoded), self.codec.read_rotated_values(encoded)
         if self.anchors is not None:
-            anchor = self.anchors[block, page * PAGE_TOKENS // ANCHOR_TOKENS].transpose(1, 2)
+            anchor = self.anchors[block, page * PAGE_TOKENS // BLOCK_TOKENS].transpose(1, 2)
             key += self.codec.rotate(anchor).unsqueeze(-2)
         return key.flatten(2, 3), value.flatten(2, 3)
 

@@ -1,8 +1,8 @@
 """How a ragged batch is cut into equal parts that can be computed together.
 
-A tile is a few neighbouring query tokens of one sequence; its context is read in chunks of one size. Both
-sizes follow from the tile's own sequence, never from its neighbours in the batch, so that a result does not
-depend on them: rounding differs with the shape of a matrix product.
+A tile is a few neighbouring query tokens of one sequence and block; its context is read in chunks of one
+size. Both sizes follow from the tile's own sequence, never from its neighbours in the batch, so that a result
+does not depend on them: rounding differs with the shape of a matrix product.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from turboquant_kernels.formats import PAGE_TOKENS
+from turboquant_kernels.formats import BLOCK_TOKENS, PAGE_TOKENS
 
 TILE_QUERIES = (1, 16, 128)
 """Query tokens of a tile: the smallest that holds all of a sequence's, or the largest, repeated."""
@@ -35,14 +35,16 @@ class Tiles:
     position: torch.Tensor
     """Position of the tile's first query in its sequence."""
     start: torch.Tensor
-    """First context token to read: the first that any of its queries sees, rounded down to a page."""
+    """First stored token to read: the first that any of its queries sees, rounded down to a page."""
+    end: torch.Tensor
+    """First token behind those."""
 
     def __len__(self) -> int:
         return len(self.sequence)
 
     def context(self) -> torch.Tensor:
-        """Context tokens to read, int64 [n]."""
-        return self.position + self.count - self.start
+        """Stored tokens to read, int64 [n]."""
+        return (self.end - self.start).clamp_min(0)
 
     def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Query rows, int64 [n, width], and whether each is one: beyond `count` stands the last row again."""
@@ -57,33 +59,42 @@ class Tiles:
 
     def take(self, chosen: slice | torch.Tensor) -> "Tiles":
         """Some of the tiles, by a slice, a mask or indices."""
-        fields = (self.sequence, self.first_row, self.count, self.position, self.start)
+        fields = (self.sequence, self.first_row, self.count, self.position, self.start, self.end)
         return Tiles(self.width, self.chunk, *(field[chosen] for field in fields))
 
 
-def tile_batch(query_start_loc: torch.Tensor, seq_lens: torch.Tensor, window: int | None) -> list[Tiles]:
+def tile_batch(
+    query_start_loc: torch.Tensor, seq_lens: torch.Tensor, window: int | None, *, raw_block: bool = False
+) -> list[Tiles]:
     """The tiles of a batch: int [num_seqs + 1], int [num_seqs] and window as `paged_attention` takes them.
 
-    Layers that share sequences and window can share them. Sequences without queries have no tile.
+    raw_block: the stored tokens are those before each query's block (`turboquant_kernels.raw_block`), in
+    place of all up to the query. Layers that share sequences and window can share tiles. Sequences without
+    queries have none.
     """
     query_start_loc, seq_lens = query_start_loc.long(), seq_lens.long()
     query_lens = query_start_loc.diff()
     width = _smallest_that_holds(query_lens, TILE_QUERIES)
-    tiles_of = (query_lens + width - 1) // width
+    start = seq_lens - query_lens
+    # Of positions that are multiples of the width, which divides a block.
+    aligned = start // width * width
+    tiles_of = (seq_lens - aligned + width - 1) // width * (query_lens > 0)
     sequence = torch.arange(len(seq_lens)).repeat_interleave(tiles_of)
     first_tile = tiles_of.cumsum(0) - tiles_of
     width = width[sequence]
-    skipped = (torch.arange(len(sequence)) - first_tile[sequence]) * width
-    position = (seq_lens - query_lens)[sequence] + skipped
+    begin = aligned[sequence] + (torch.arange(len(sequence)) - first_tile[sequence]) * width
+    position = torch.maximum(begin, start[sequence])
+    count = torch.minimum(begin + width, seq_lens[sequence]) - position
     first_seen = torch.zeros_like(position) if window is None else (position - window + 1).clamp_min(0)
     tiles = Tiles(
         width=TILE_QUERIES[-1],
         chunk=CHUNK_TOKENS[-1],
         sequence=sequence,
-        first_row=query_start_loc[sequence] + skipped,
-        count=torch.minimum(query_lens[sequence] - skipped, width),
+        first_row=query_start_loc[sequence] + position - start[sequence],
+        count=count,
         position=position,
         start=first_seen // PAGE_TOKENS * PAGE_TOKENS,
+        end=position // BLOCK_TOKENS * BLOCK_TOKENS if raw_block else position + count,
     )
     context = tiles.context()
     shapes = torch.stack((width, _smallest_that_holds(context, CHUNK_TOKENS)), dim=1)

@@ -15,7 +15,7 @@ from turboquant_kernels.decode.portable.kernel import attend_items_kernel
 from turboquant_kernels.decode.portable.launch import constants_of
 from turboquant_kernels.decode.schedule import SEARCH_STEPS, fill_kernel
 from turboquant_kernels.formats import (
-    ANCHOR_TOKENS,
+    BLOCK_TOKENS,
     COMPRESSED_FORMATS,
     HEAD_DIMS,
     PAGE_TOKENS,
@@ -39,13 +39,13 @@ def _portable_variants() -> Iterator[AotVariant]:
         for head_dim in HEAD_DIMS:
             yield _portable_variant(fmt, head_dim, group=4)
     for tier in TIERS.values():
-        fmt = tier.format
+        fmt = tier.on("cuda").format
         for group in (8, 16):
             for head_dim in (128, 256):
                 yield _portable_variant(fmt, head_dim, group)
         yield _portable_variant(fmt, 128, group=4, query_len=4)
         yield _portable_variant(fmt, 128, group=4, soft_cap=True)
-        yield _portable_variant(replace(fmt, anchor=True), 128, group=4, block_size=ANCHOR_TOKENS)
+        yield _portable_variant(replace(fmt, anchor=True), 128, group=4, block_size=BLOCK_TOKENS)
 
 
 def _portable_variant(
@@ -154,7 +154,7 @@ def _hopper_variant(fmt: KVFormat, head_dim: int, rows: int, option: str = "") -
     }
     strides = ["query_token_stride", "query_head_stride"]
     anchored = {"anchor_queries": "*bf16", "anchor_scale": "fp32", **dict.fromkeys(strides, "i32")}
-    block_size = ANCHOR_TOKENS if fmt.anchor else PAGE_TOKENS
+    block_size = BLOCK_TOKENS if fmt.anchor else PAGE_TOKENS
     specialization = specialization_of(
         fmt,
         head_dim,

@@ -111,7 +111,7 @@ def expand_kernel(
     KV_HEADS: tl.constexpr,
     BLOCK_PAGES: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
-    ANCHOR_TOKENS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
     PAGE_BYTES: tl.constexpr,
     KEY_BITS: tl.constexpr,
     VALUE_BITS: tl.constexpr,
@@ -189,7 +189,7 @@ def expand_kernel(
         key += residual * norm[:, None]
     if anchors is not None:
         block = tl.load(table + first_page // BLOCK_PAGES).to(tl.int64)
-        in_block = first_page % BLOCK_PAGES * PAGE_TOKENS // ANCHOR_TOKENS
+        in_block = first_page % BLOCK_PAGES * PAGE_TOKENS // BLOCK_TOKENS
         anchor = anchors + block * anchor_stride + (in_block * KV_HEADS + kv_head) * HEAD_DIM
         # Sum over j of coordinate j times column j of M.
         rotated = tl.zeros([WIDTH], tl.float32)

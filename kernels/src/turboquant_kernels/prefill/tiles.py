@@ -27,14 +27,14 @@ from functools import cached_property
 
 import torch
 
-from turboquant_kernels.formats import ANCHOR_TOKENS, PAGE_TOKENS
+from turboquant_kernels.formats import BLOCK_TOKENS, PAGE_TOKENS
 
 ITEM_TOKENS = 64
 """Tokens that one program of the expansion takes at most, a work item. Items end at multiples of it, so that
 the tokens of an item share their key anchor."""
 
 assert ITEM_TOKENS % PAGE_TOKENS == 0
-assert ANCHOR_TOKENS % ITEM_TOKENS == 0
+assert BLOCK_TOKENS % ITEM_TOKENS == 0
 
 LEAST_CAPACITY = 4 * PAGE_TOKENS
 """Tokens of the smallest scratch: half of it holds a page of queries beside what rounding to pages adds."""

@@ -6,7 +6,7 @@ import triton
 
 from turboquant_kernels.aot import AotVariant
 from turboquant_kernels.formats import (
-    ANCHOR_TOKENS,
+    BLOCK_TOKENS,
     COMPRESSED_FORMATS,
     HEAD_DIMS,
     PAGE_TOKENS,
@@ -45,7 +45,7 @@ def expand_variants() -> Iterator[AotVariant]:
             "anchors": "*bf16" if fmt.anchor else None,
             "hadamard": "*bf16" if fmt.anchor else None,
         }
-        block_size = ANCHOR_TOKENS if fmt.anchor else PAGE_TOKENS
+        block_size = BLOCK_TOKENS if fmt.anchor else PAGE_TOKENS
         for head_dim in HEAD_DIMS:
             yield AotVariant(
                 name=f"prefill-expand-{fmt.name.removeprefix('tq-')}-d{head_dim}{'-anchor' * fmt.anchor}",

@@ -17,7 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from turboquant_kernels.codebook import MAX_BITS, codebook
 from turboquant_kernels.codec import MAX_SCALE, Codec
 from turboquant_kernels.formats import (
-    ANCHOR_TOKENS,
+    BLOCK_TOKENS,
     PAGE_TOKENS,
     SCALE_BYTES,
     Encoding,
@@ -55,7 +55,7 @@ _MAX_BITS = tl.constexpr(MAX_BITS)
 _MAX_SCALE = tl.constexpr(MAX_SCALE)
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 _PAGE_TOKENS = tl.constexpr(PAGE_TOKENS)
-_ANCHOR_TOKENS = tl.constexpr(ANCHOR_TOKENS)
+_BLOCK_TOKENS = tl.constexpr(BLOCK_TOKENS)
 _KEY_SCALE = tl.constexpr(KEY_SCALE)
 _VALUE_SCALE = tl.constexpr(VALUE_SCALE)
 _KEY_RESIDUAL_NORM = tl.constexpr(KEY_RESIDUAL_NORM)
@@ -210,7 +210,7 @@ def store_kernel(
         if ANCHOR:
             block, offset = _block(cache, slot, block_size, block_stride)
             anchors = (block + block_size * kv_heads * SLOT_BYTES).to(tl.pointer_type(tl.bfloat16))
-            anchors += ((offset // _ANCHOR_TOKENS).to(tl.int32) * kv_heads + head) * HEAD_DIM
+            anchors += ((offset // _BLOCK_TOKENS).to(tl.int32) * kv_heads + head) * HEAD_DIM
             tile -= load_vectors(anchors, slot >= 0, HEAD_DIM, INNER)
         t, rms, factor = _rotate(tile, signs, HEAD_DIM, INNER, NEGATIVE, KEY_CODES)
         rank, level = _quantize(t, KEY_CODES)

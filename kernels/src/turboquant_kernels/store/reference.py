@@ -6,8 +6,41 @@ The CPU engine stores with it; GPU kernels are tested against it.
 import torch
 
 from turboquant_kernels.codec import Codec
-from turboquant_kernels.formats import ANCHOR_TOKENS, PAGE_TOKENS
+from turboquant_kernels.formats import BLOCK_TOKENS, PAGE_TOKENS
 from turboquant_kernels.packing import CodeOrder, Region, anchors_of, pages_of, row_of
+from turboquant_kernels.raw_block import OwnTokens, RawBlocks
+
+
+def store_step(codec: Codec, own: OwnTokens, kv_cache: torch.Tensor, raw: RawBlocks) -> None:
+    """Stores a step's new tokens: encodes the blocks that they complete, and keeps the others raw.
+
+    kv_cache: uint8 [num_blocks, BLOCK_TOKENS, kv_heads, slot_bytes]. The anchor of a block is the mean of its
+    keys.
+    """
+    step = own.step
+    sequence, block = step.completed
+    if len(sequence):
+        key, value = own.block(sequence, block)
+        number = step.block_table[sequence, block].long()
+        if codec.fmt.anchor:
+            anchors_of(kv_cache, codec.fmt, codec.head_dim)[number, 0] = block_mean(key)
+        slots = number[:, None] * BLOCK_TOKENS + torch.arange(BLOCK_TOKENS)
+        store(codec, key.flatten(0, 1), value.flatten(0, 1), kv_cache, slots.flatten())
+
+    row, sequence, position = (x[step.kept_raw(raw.tokens_per_block)] for x in step.rows)
+    entry, index = raw.place(position)
+    tokens = torch.stack((own.key[row], own.value[row]), dim=2)
+    raw.view(kv_cache, codec.head_dim)[step.block_table[sequence, entry].long(), :, :, index] = tokens
+
+
+def block_mean(key: torch.Tensor) -> torch.Tensor:
+    """The mean of the keys of whole blocks: any float [..., BLOCK_TOKENS, kv_heads, D] -> bf16 [...,
+    kv_heads, D]. Zero where it is not finite. Neighbours are added first, so that a block is stored as the
+    same bytes wherever it is encoded."""
+    total = key.float()
+    while total.shape[-3] > 1:
+        total = total[..., 0::2, :, :] + total[..., 1::2, :, :]
+    return (total.squeeze(-3) / BLOCK_TOKENS).bfloat16().nan_to_num(0.0, 0.0, 0.0)
 
 
 def store(
@@ -38,7 +71,7 @@ def store(
     key, value = key[used], value[used]
     if codec.fmt.anchor:
         anchors = anchors_of(kv_cache, codec.fmt, codec.head_dim)
-        key = key.float() - anchors[block, offset // ANCHOR_TOKENS].float()
+        key = key.float() - anchors[block, offset // BLOCK_TOKENS].float()
     keys, values = codec.encode(key, value)
 
     def write(region: Region, data: torch.Tensor) -> None:

@@ -7,11 +7,11 @@ compares the two on many shapes. Bytes of a page come from `KVFormat` alone.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
-from turboquant_kernels.formats import BF16, PAGE_TOKENS, KVFormat
+from turboquant_kernels.formats import BF16, BLOCK_TOKENS, PAGE_TOKENS, KVFormat, blocks_of_one_size
 from turboquant_operator.planner.engine import EngineSettings
 from turboquant_operator.planner.facts import ELEMENT_BYTES, ModelFacts
 
@@ -26,6 +26,13 @@ class LayerCache:
     """Bytes that the block's tokens take."""
     padding_bytes: int = 0
     """Bytes at the block's end that nothing uses."""
+    raw_tokens: int = 0
+    """Tokens, compressed, whose bytes hold a sequence's newest ones, which are not compressed yet."""
+
+    @property
+    def raw_blocks(self) -> int:
+        """Blocks that a sequence has beyond those of its tokens."""
+        return ceil(self.raw_tokens / self.block_tokens)
 
     @property
     def page_bytes(self) -> int:
@@ -56,6 +63,11 @@ class CacheLayout:
         """
         return sum(_blocks(group, context_length, in_flight_tokens) for group in self.groups)
 
+    @property
+    def raw_block_bytes(self) -> int:
+        """Bytes that a sequence takes beyond those of its tokens."""
+        return self.bytes_per_block * sum(group.raw_blocks for group in self.groups)
+
     def tokens(self, memory: int, context_length: int, in_flight_tokens: int) -> int:
         """`kv_cache_size_tokens` for `memory` bytes, in the engine's own floating-point steps."""
         concurrency = (
@@ -70,47 +82,64 @@ class CacheLayout:
 
 
 def layer_caches(
-    facts: ModelFacts, formats: tuple[KVFormat, ...], tensor: int, settings: EngineSettings
+    facts: ModelFacts,
+    formats: tuple[KVFormat, ...],
+    tensor: int,
+    settings: EngineSettings,
+    lowest: KVFormat | None = None,
 ) -> tuple[LayerCache, ...]:
     """The cache of each layer on one of `tensor` devices; KV heads are replicated where there are fewer.
 
-    `formats`: one per layer, `BF16` for the engine's own dtype. Raises ValueError where a format cannot
-    store this head_dim or block.
+    `formats`: one per layer, `BF16` for the engine's own dtype. `lowest`: what the engine may give some layer
+    instead. Raises ValueError where a format cannot store this head_dim or block.
     """
     heads = max(1, facts.key_value_heads // tensor)
     block, plain, padding = settings.block_tokens, settings.block_tokens, 0
-    if facts.shares_page_size and BF16 in formats and any(fmt.compressed for fmt in formats):
-        block, plain, padding = _blocks_of_one_size(facts, formats, settings)
-    return tuple(
-        LayerCache(window, plain, heads * format_bytes(fmt, facts, plain), heads * padding)
-        if fmt == BF16
-        else LayerCache(window, block, heads * format_bytes(fmt, facts, block))
-        for window, fmt in zip(facts.windows, formats, strict=True)
-    )
+    compressed = [fmt for fmt in formats if fmt.compressed]
+    raw = plain_raw = _raw_tokens(facts, [*compressed, lowest] if lowest else compressed, settings)
+    if facts.shares_page_size and BF16 in formats and compressed:
+        plain_raw = 0
+        block, plain, padding = _blocks_of_one_size(facts, compressed, settings)
+
+    def cache(window: int | None, fmt: KVFormat) -> LayerCache:
+        if fmt == BF16:
+            size = heads * format_bytes(fmt, facts, plain)
+            return LayerCache(window, plain, size, heads * padding, plain_raw)
+        # A window's blocks begin with the longest that the backend reads whole; `layout` enlarges them.
+        tokens = BLOCK_TOKENS if raw and window is not None else block
+        return LayerCache(window, tokens, heads * format_bytes(fmt, facts, tokens), raw_tokens=raw)
+
+    return tuple(cache(window, fmt) for window, fmt in zip(facts.windows, formats, strict=True))
+
+
+def _raw_tokens(facts: ModelFacts, compressed: Iterable[KVFormat], settings: EngineSettings) -> int:
+    """`LayerCache.raw_tokens`: as many as the smallest format needs, since layers share block tables."""
+    if not settings.raw_block:
+        return 0
+    element_bytes = ELEMENT_BYTES[facts.dtype]
+    blocks = max((fmt.raw_blocks(facts.head_dim, element_bytes) for fmt in compressed), default=0)
+    return blocks * BLOCK_TOKENS
 
 
 def _blocks_of_one_size(
-    facts: ModelFacts, formats: tuple[KVFormat, ...], settings: EngineSettings
+    facts: ModelFacts, compressed: Iterable[KVFormat], settings: EngineSettings
 ) -> tuple[int, int, int]:
     """Tokens of a compressed block, of one in the model's own dtype, and the latter's padding in a KV head.
 
-    Source: ``turboquant_runtime.adapters.specs``, `fit_plain_layers`. A compressed block has a whole number
-    of times the tokens of one in the model's own dtype, so that the latter fits and fills most of the page.
+    Source: ``turboquant_runtime.adapters.specs``, `fit_plain_layers`.
     """
-    stored = max(format_bytes(fmt, facts, PAGE_TOKENS) for fmt in formats if fmt.compressed)
-    own = format_bytes(BF16, facts, PAGE_TOKENS)
+    stored = max(format_bytes(fmt, facts, 1) for fmt in compressed)
     least = settings.least_plain_tokens
-    ratio = ceil(own / stored)
-    block = ratio * least * ceil(settings.block_tokens / (ratio * least))
-    page = block // PAGE_TOKENS * stored
-    fitting = [n for n in range(least, page * PAGE_TOKENS // own + 1, least) if block % n == 0]
-    plain = max(fitting, default=least)
-    return block, plain, page - format_bytes(BF16, facts, plain)
+    unit = BLOCK_TOKENS if settings.raw_block else PAGE_TOKENS
+    block, plain = blocks_of_one_size(
+        settings.block_tokens, unit, stored, least, format_bytes(BF16, facts, 1)
+    )
+    return block, plain, block * stored - format_bytes(BF16, facts, plain)
 
 
 def format_bytes(fmt: KVFormat, facts: ModelFacts, tokens: int) -> int:
     """Bytes of `tokens` tokens of one KV head; float32 engines keep an uncompressed cache in float32."""
-    size = fmt.page_bytes(facts.head_dim, tokens)
+    size = tokens * fmt.token_bytes(facts.head_dim)
     return size * ELEMENT_BYTES[facts.dtype] // ELEMENT_BYTES["bfloat16"] if fmt == BF16 else size
 
 
@@ -148,7 +177,7 @@ def _one_block_size(layers: Sequence[LayerCache]) -> tuple[LayerCache, ...]:
 
 def _blocks(layer: LayerCache, context_length: int, in_flight_tokens: int) -> int:
     if layer.window is None:
-        return ceil(context_length / layer.block_tokens)
+        return ceil(context_length / layer.block_tokens) + layer.raw_blocks
     held = min(layer.window - 1 + in_flight_tokens, context_length)
     # The window need not start where a block does.
-    return ceil(held / layer.block_tokens) + 1
+    return ceil(held / layer.block_tokens) + 1 + layer.raw_blocks

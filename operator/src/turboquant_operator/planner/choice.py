@@ -13,12 +13,16 @@ from dataclasses import dataclass
 
 from turboquant_kernels.formats import (
     BF16,
+    BLOCK_TOKENS,
     DEALT_LOAD_FORMATS,
     DEALT_QUANTIZATIONS,
     FP8,
     HEAD_DIMS,
+    PAGE_TOKENS,
     QUALITIES,
+    RAW_BLOCK_DEVICES,
     KVFormat,
+    Tier,
     base_format,
     find_tier,
 )
@@ -104,7 +108,7 @@ def _check_layers(spec: TurboQuantDeploymentSpec, facts: ModelFacts, kv_plan: KV
             f"The KV plan has {len(kv_plan.layers)} layers and {facts.architecture} has {facts.layers}: "
             "make a plan for this model.",
         )
-    if kv_plan is not None and (problem := _check_plan(kv_plan)):
+    if kv_plan is not None and (problem := _check_plan(kv_plan, _device(spec))):
         return problem
     wanted = kv_plan.layers if kv_plan else _named_formats(spec)
     if spec.accelerator.type == CPU and FP8 in wanted and facts.head_dim % _CPU_FP8_ELEMENTS:
@@ -122,12 +126,10 @@ def _check_layers(spec: TurboQuantDeploymentSpec, facts: ModelFacts, kv_plan: KV
     return None
 
 
-def _check_plan(kv_plan: KVPlan) -> NoPlan | None:
+def _check_plan(kv_plan: KVPlan, device: str) -> NoPlan | None:
     """What the engine would refuse of a plan's layers."""
-    if any(fmt.anchor for fmt in kv_plan.layers):
-        return refused(
-            "FormatNotYetSupported", "The KV plan has key anchors, which this release cannot serve yet."
-        )
+    if device not in RAW_BLOCK_DEVICES and any(fmt.anchor for fmt in kv_plan.layers):
+        return refused("FormatNotYetSupported", "The KV plan has key anchors, which GPUs cannot serve yet.")
     if FP8 in kv_plan.layers:
         return refused(
             "FormatNotYetSupported",
@@ -157,7 +159,17 @@ def _check_gpu(gpu: Accelerator, facts: ModelFacts) -> NoPlan | None:
 
 
 def _named_formats(spec: TurboQuantDeploymentSpec) -> tuple[KVFormat, ...]:
-    return () if spec.kv_cache.format == "auto" else (base_format(spec.kv_cache.format),)
+    return () if spec.kv_cache.format == "auto" else (base_format(spec.kv_cache.format, _device(spec)),)
+
+
+def _device(spec: TurboQuantDeploymentSpec) -> str:
+    return "cpu" if spec.accelerator.type == CPU else "cuda"
+
+
+def _tier_choice(
+    spec: TurboQuantDeploymentSpec, facts: ModelFacts, tier: Tier, skip: Iterable[int]
+) -> Choice:
+    return Choice.of_tier(tier.on(_device(spec)), facts, skip)
 
 
 def _context_length(spec: TurboQuantDeploymentSpec, facts: ModelFacts) -> int | NoPlan:
@@ -196,7 +208,7 @@ def _choices(
     if named := _named_formats(spec):
         name = spec.kv_cache.format
         tier = find_tier(name)
-        choice = Choice.of_tier(tier, facts, skip) if tier else Choice.uniform(named[0], facts, skip)
+        choice = _tier_choice(spec, facts, tier, skip) if tier else Choice.uniform(named[0], facts, skip)
         reasons = [f"kvCache.format asks for {name}."]
         if named[0].compressed and facts.key_bias and not (tier and _bits_are_dealt(spec, facts)):
             reasons.append(
@@ -225,7 +237,7 @@ def _choices(
         ]
     qualities = list(QUALITIES)
     allowed = qualities[: qualities.index(spec.kv_cache.quality) + 1]
-    return [Choice.of_tier(QUALITIES[name], facts, skip) for name in allowed], []
+    return [_tier_choice(spec, facts, QUALITIES[name], skip) for name in allowed], []
 
 
 def _bits_are_dealt(spec: TurboQuantDeploymentSpec, facts: ModelFacts) -> bool:
@@ -307,6 +319,13 @@ def _plan_on(gpu: Accelerator | None, request: _Request) -> Plan | NoPlan:
     compresses = any(fmt.compressed for choice in choices for fmt in choice.formats)
     if gpu is not None and compresses and (problem := _check_gpu(gpu, facts)):
         return problem
+    unit = BLOCK_TOKENS if settings.raw_block else PAGE_TOKENS
+    if compresses and settings.block_tokens % unit:
+        return refused(
+            "InvalidEngineArgument",
+            f"engine.args: --block-size {settings.block_tokens} is not a multiple of {unit}, the tokens of a "
+            "compressed block: leave it out or choose a multiple.",
+        )
 
     def option(choice: Choice, tensor: int) -> Option:
         memory = _cache_memory(spec, gpu, facts, settings, tensor)
@@ -315,7 +334,7 @@ def _plan_on(gpu: Accelerator | None, request: _Request) -> Plan | NoPlan:
         )
 
     options = [option(choice, tensor) for tensor in sizes for choice in choices]
-    tiers = [Choice.of_tier(tier, facts, spec.kv_cache.skip_layers) for tier in QUALITIES.values()]
+    tiers = [_tier_choice(spec, facts, tier, spec.kv_cache.skip_layers) for tier in QUALITIES.values()]
     if facts.head_dim not in HEAD_DIMS:
         tiers = []
     wanted = spec.capacity.concurrent_sequences

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from turboquant_kernels.formats import RAW_BLOCK_DEVICES
 from turboquant_operator.planner.accelerators import Accelerator
 from turboquant_operator.planner.outcome import NoPlan, refused
 
@@ -78,6 +79,9 @@ class EngineSettings:
     """Tokens in the smallest block of a cache in the model's own dtype: 32 on CPU, 16 elsewhere (cpu_attn.py
     and flash_attn.py, `get_supported_kernel_block_sizes`)."""
 
+    raw_block: bool = False
+    """Compressed caches keep the newest tokens of a sequence in the model's own dtype."""
+
     def in_flight_tokens(self, pipeline: int) -> int:
         """Most tokens of all steps that are under way at once in `pipeline` stages."""
         return (pipeline + self.overlaps_steps) * self.batched_tokens
@@ -122,6 +126,7 @@ def engine_settings(
         extra_models=any(flag.partition(".")[0] in _MODEL_FLAGS for flag in given),
         overlaps_steps=accelerator is not None and "no-async-scheduling" not in given,
         least_plain_tokens=16 if accelerator else 32,
+        raw_block=("cuda" if accelerator else "cpu") in RAW_BLOCK_DEVICES,
     )
 
 

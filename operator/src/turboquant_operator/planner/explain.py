@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from turboquant_kernels.formats import KEY_BITS, Tier, find_tier
+from turboquant_kernels.formats import BLOCK_TOKENS, KEY_BITS, Tier, find_tier
 from turboquant_operator.planner.accelerators import Accelerator
 from turboquant_operator.planner.facts import ModelFacts
 from turboquant_operator.planner.memory import weight_bytes_per_gpu
@@ -58,6 +58,11 @@ def why(
         )
     if tier := find_tier(chosen.choice.name):
         sentences.append(_tier_bits(tier, chosen.facts))
+    if size := chosen.cache_layout.raw_block_bytes:
+        sentences.append(
+            f"The newest tokens of a sequence, up to {BLOCK_TOKENS}, are not compressed: each sequence takes "
+            f"{size / 2**20:.1f} MiB for them, which is counted."
+        )
     if baseline.tokens and chosen.choice.formats != baseline.choice.formats:
         sentences.append(
             f"In the model's own dtype the same memory would hold {baseline.tokens:,} tokens: this is "

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from turboquant_kernels.formats import ANCHOR_TOKENS, BF16, KVFormat, Tier
+from turboquant_kernels.formats import BF16, BLOCK_TOKENS, KVFormat, Tier
 from turboquant_operator.planner.capacity import CacheLayout, format_bytes, layer_caches, layout
 from turboquant_operator.planner.engine import EngineSettings
 from turboquant_operator.planner.facts import ModelFacts
@@ -21,6 +21,8 @@ class Choice:
     same bytes as what the engine deals."""
     tier: str | None = None
     """The quality tier that this is, where it is one."""
+    lowest: KVFormat | None = None
+    """The format of fewest bits that the engine may deal to a layer."""
 
     @classmethod
     def uniform(cls, fmt: KVFormat, facts: ModelFacts, skip: Iterable[int] = ()) -> "Choice":
@@ -31,7 +33,8 @@ class Choice:
     @classmethod
     def of_tier(cls, tier: Tier, facts: ModelFacts, skip: Iterable[int] = ()) -> "Choice":
         """A tier, each layer with its mean of bits: the engine deals them at equal bytes."""
-        return replace(cls.uniform(tier.format, facts, skip), name=tier.cache_dtype, tier=tier.name)
+        uniform = cls.uniform(tier.format, facts, skip)
+        return replace(uniform, name=tier.cache_dtype, tier=tier.name, lowest=tier.lowest)
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,13 @@ class Option:
     @cached_property
     def cache_layout(self) -> CacheLayout:
         """How the layers' blocks share one pool on each device."""
-        whole = layout(layer_caches(self.facts, self.choice.formats, self.tensor, self.settings))
+        choice = self.choice
+        whole = layout(layer_caches(self.facts, choice.formats, self.tensor, self.settings, choice.lowest))
         if self.pipeline == 1:
             return whole
         # The fullest pipeline stage decides; it has the odd layers.
         stage = -(-self.facts.layers // self.pipeline)
-        return CacheLayout(-(-whole.bytes_per_block * stage // self.facts.layers), whole.groups)
+        return replace(whole, bytes_per_block=-(-whole.bytes_per_block * stage // self.facts.layers))
 
     @property
     def tokens(self) -> int:
@@ -89,5 +93,5 @@ class Option:
     def bytes_per_token(self) -> int:
         """Bytes of one token in all layers on all devices of a replica, replicated KV heads included."""
         heads = self.tensor * max(1, self.facts.key_value_heads // self.tensor)
-        block = heads * sum(format_bytes(fmt, self.facts, ANCHOR_TOKENS) for fmt in self.choice.formats)
-        return -(-block // ANCHOR_TOKENS)
+        block = heads * sum(format_bytes(fmt, self.facts, BLOCK_TOKENS) for fmt in self.choice.formats)
+        return -(-block // BLOCK_TOKENS)

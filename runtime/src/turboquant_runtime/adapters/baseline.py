@@ -9,6 +9,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import AttentionSpec, MambaSpec
 
+from turboquant_runtime.adapters.raw_block_specs import without_extra_blocks
 from turboquant_runtime.capacity import CacheCapacity
 
 _BLOCK_SIZES = {"cuda": 16, "cpu": 128}
@@ -81,7 +82,7 @@ def uncompressed_specs(specs: dict[str, Any], baseline_config: VllmConfig) -> di
             )
         elif isinstance(spec, AttentionSpec):
             plain[name] = replace(
-                spec,
+                without_extra_blocks(spec),
                 block_size=cache_config.block_size,
                 state_content_bytes=None,
                 page_size_padded=None,

@@ -6,7 +6,7 @@ import vllm.envs
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
-from turboquant_kernels.formats import KVFormat, base_format
+from turboquant_kernels.formats import KVFormat, base_format, find_tier
 from turboquant_kernels.plans import KVPlan
 from turboquant_runtime.configuration import CACHE_DTYPES, EngineFacts, attention_layers, requested_plan
 
@@ -26,6 +26,7 @@ def plan_of(vllm_config: VllmConfig) -> KVPlan | None:
         cache_dtype,
         additional if isinstance(additional, dict) else {},
         len(attention_layer_indices(vllm_config)),
+        current_platform.device_type,
     )
 
 
@@ -40,8 +41,28 @@ def layer_format(vllm_config: VllmConfig, layer_name: str) -> KVFormat:
     assert plan is not None, "only layers with a compressed format are asked for"
     by_index = dict(zip(attention_layer_indices(vllm_config), plan.layers, strict=True))
     if is_draft_layer(vllm_config, layer_name) or (index := _layer_index(layer_name)) not in by_index:
-        return base_format(vllm_config.cache_config.cache_dtype)
+        return base_format(vllm_config.cache_config.cache_dtype, current_platform.device_type)
     return by_index[index]
+
+
+def raw_blocks(vllm_config: VllmConfig) -> int:
+    """Blocks of `BLOCK_TOKENS` that each sequence has beyond those of its tokens, for its raw block.
+
+    As many as one takes of the engine's smallest pages, since all layers of a group have one block table.
+    """
+    plan, speculative = plan_of(vllm_config), vllm_config.speculative_config
+    assert plan is not None, "only engines with compressed layers have raw blocks"
+    device, cache_dtype = current_platform.device_type, vllm_config.cache_config.cache_dtype
+    formats = {fmt for fmt in plan.layers if fmt.compressed}
+    if tier := find_tier(cache_dtype):
+        formats.add(tier.on(device).lowest)
+    draft = speculative.draft_model_config if speculative else None
+    if draft is not None:
+        formats.add(base_format(cache_dtype, device))
+    models = [_target_model(vllm_config), *([draft] if draft else [])]
+    return max(
+        fmt.raw_blocks(model.get_head_size(), model.dtype.itemsize) for model in models for fmt in formats
+    )
 
 
 def is_draft_layer(vllm_config: VllmConfig, layer_name: str) -> bool:

@@ -89,6 +89,7 @@ class CompressedCaches:
         specs.put_formats_on_layers(vllm_config)
         super().update_block_size_for_backend(vllm_config)  # type: ignore[misc]
         specs.fit_plain_layers(vllm_config)
+        specs.give_sequences_raw_blocks(vllm_config)
 
     @classmethod
     def _align_hybrid_block_size(cls, vllm_config: "VllmConfig", backend_cls: Any) -> None:

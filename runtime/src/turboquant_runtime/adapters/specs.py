@@ -12,20 +12,19 @@ layers get as many tokens a block as fit.
 
 from collections.abc import Iterator
 from dataclasses import replace
-from math import ceil, lcm
 from typing import Any
 
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.utils.math_utils import round_up
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec, UniformTypeKVCacheSpecs
 from vllm.v1.worker.utils import customize_attention_spec
 
-from turboquant_kernels.formats import PAGE_TOKENS
-from turboquant_runtime.adapters.engine_config import layer_format
+from turboquant_kernels.formats import BLOCK_TOKENS, blocks_of_one_size
+from turboquant_runtime.adapters.engine_config import layer_format, raw_blocks
+from turboquant_runtime.adapters.raw_block_specs import as_full_attention, with_extra_blocks
 from turboquant_runtime.backends.base import CompressedBackend
 from turboquant_runtime.configuration import CACHE_DTYPES, RefusedConfiguration
 
@@ -53,11 +52,30 @@ def put_formats_on_layers(vllm_config: VllmConfig) -> None:
         layer.attn_backend = layer.attn_backend.of_format(layer_format(vllm_config, owner))
 
 
+def give_sequences_raw_blocks(vllm_config: VllmConfig) -> None:
+    """Gives sequences the blocks that hold their raw block, where the backend keeps one.
+
+    Layers in the model's own dtype that share block tables with compressed ones have them too: vLLM takes a
+    group's numbers from any of its layers.
+    """
+    layers = _layers(vllm_config)
+    if not any(getattr(layer.get_attn_backend(), "keeps_raw_block", False) for layer in layers.values()):
+        return
+    raw_tokens = raw_blocks(vllm_config) * BLOCK_TOKENS
+    specs = dict(_specs(vllm_config, layers))
+    kinds = {type(spec) for spec in specs.values()}
+    one_kind = vllm_config.scheduler_config.disable_hybrid_kv_cache_manager and len(kinds) > 1
+    one_table = one_kind or UniformTypeKVCacheSpecs.is_uniform_type(specs)
+    for name, spec in specs.items():
+        if isinstance(spec, AttentionSpec) and (one_table or _format(layers[name].attn_backend)):
+            layers[name].attn_backend = _with_raw_blocks(layers[name].attn_backend, raw_tokens, one_kind)
+
+
 def largest_backend(vllm_config: VllmConfig) -> type[CompressedBackend] | None:
     """Of the engine's compressed layers the backend whose tokens take most bytes; None without such
     layers."""
     found = {
-        layer.attn_backend.fmt.slot_bytes(layer.head_size): layer.attn_backend
+        layer.attn_backend.fmt.token_bytes(layer.head_size): layer.attn_backend
         for layer in _layers(vllm_config).values()
         if isinstance(layer, Attention) and _format(layer.attn_backend) is not None
     }
@@ -74,20 +92,20 @@ def fit_plain_layers(vllm_config: VllmConfig) -> None:
         for name, spec in specs.items()
         if isinstance(spec, AttentionSpec) and _format(layers[name].get_attn_backend()) is None
     }
-    compressed = [
-        spec for name, spec in specs.items() if isinstance(spec, AttentionSpec) and name not in plain
-    ]
+    compressed = {
+        name: spec for name, spec in specs.items() if isinstance(spec, AttentionSpec) and name not in plain
+    }
     if not plain or not compressed or UniformTypeKVCacheSpecs.is_uniform_type(specs):
         return
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         return  # vLLM gives every layer the blocks of full attention
     cache_config = vllm_config.cache_config
     smallest = {name: _smallest_block(layers[name].get_attn_backend()) for name in plain}
-    step = lcm(PAGE_TOKENS, *smallest.values())
-    token_bytes = max(map(_token_bytes, compressed))
-    # Compressed tokens to one of a plain layer, which has so many times fewer of them in a block.
-    ratio = ceil(max(map(_token_bytes, plain.values())) / token_bytes)
-    block_size = ratio * round_up(ceil(cache_config.block_size / ratio), step)
+    token_bytes, plain_bytes = (max(map(_token_bytes, kind.values())) for kind in (compressed, plain))
+    unit = max(_smallest_block(layers[name].get_attn_backend()) for name in compressed)
+    block_size, _ = blocks_of_one_size(
+        cache_config.block_size, unit, token_bytes, max(smallest.values()), plain_bytes
+    )
     page_bytes = block_size * token_bytes
     if block_size > cache_config.block_size:
         logger.info(
@@ -142,6 +160,18 @@ def _divisor(block_size: int, most: int, least: int) -> int:
     prefixes are shared at multiples of all layers' blocks."""
     fitting = [tokens for tokens in range(least, most + 1, least) if block_size % tokens == 0]
     return max(fitting, default=least)
+
+
+def _with_raw_blocks(
+    backend: type[AttentionBackend], raw_tokens: int, one_kind: bool
+) -> type[AttentionBackend]:
+    """A backend whose sequences have additional blocks; with `one_kind` windows keep all of their blocks."""
+
+    def customize_spec(cls: type[AttentionBackend], spec: AttentionSpec) -> AttentionSpec:
+        own = backend.customize_spec(spec)
+        return with_extra_blocks(as_full_attention(own) if one_kind else own, raw_tokens)
+
+    return type(backend.__name__, (backend,), {"customize_spec": classmethod(customize_spec)})
 
 
 def _with_pages(backend: type[AttentionBackend], block_size: int, page_bytes: int) -> type[AttentionBackend]:

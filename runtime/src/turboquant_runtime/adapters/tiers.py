@@ -11,6 +11,7 @@ from typing import Any
 from vllm import envs
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from turboquant_kernels.allocation import AllocationError, allocate
 from turboquant_kernels.checkpoint import CheckpointError
@@ -31,6 +32,7 @@ def deal_tier(vllm_config: VllmConfig) -> None:
     additional = vllm_config.additional_config
     if tier is None or not isinstance(additional, dict) or PLAN_KEY in additional:
         return
+    tier = tier.on(current_platform.device_type)
     try:
         plan = _plan(vllm_config, tier)
         bits = " ".join(str(layer.key_bits) for layer in plan.layers)

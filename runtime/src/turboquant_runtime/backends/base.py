@@ -5,7 +5,6 @@ vLLM asks a backend class for sizes before it makes a cache; each layer has a cl
 attention that compressed pages do not serve. `cpu` and `cuda` add how pages are written and read.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import Any, ClassVar, Self
@@ -23,7 +22,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from turboquant_kernels.codec import Codec
-from turboquant_kernels.formats import HEAD_DIMS, PAGE_TOKENS, KVFormat
+from turboquant_kernels.formats import BLOCK_TOKENS, HEAD_DIMS, PAGE_TOKENS, KVFormat
 from turboquant_runtime.adapters.engine_config import layer_format, plan_of
 from turboquant_runtime.configuration import CACHE_DTYPES, RefusedConfiguration
 
@@ -31,8 +30,9 @@ from turboquant_runtime.configuration import CACHE_DTYPES, RefusedConfiguration
 class CompressedBackend(AttentionBackend):
     """Sizes and layout of compressed pages."""
 
-    forward_includes_kv_cache_update: bool = False
     supported_kv_cache_dtypes: ClassVar[list[str]] = sorted(CACHE_DTYPES)
+    keeps_raw_block: ClassVar[bool]
+    """Whether the tokens of a query's own block are read raw; where not, all are read as stored."""
     fmt: ClassVar[KVFormat | None] = None
     """The format of the layers that have this class; None in the class that vLLM makes layers with."""
 
@@ -63,7 +63,7 @@ class CompressedBackend(AttentionBackend):
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         """The spec of a layer with this class's format: the bytes of a token and KV head."""
         assert cls.fmt is not None, "specs are asked for once layers have their formats"
-        return replace(spec, state_content_bytes=cls.fmt.slot_bytes(spec.head_size))
+        return replace(spec, state_content_bytes=cls.fmt.token_bytes(spec.head_size))
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
@@ -71,9 +71,10 @@ class CompressedBackend(AttentionBackend):
         first."""
         return KVCacheLayout.LBNHC, KVCacheLayout.LBHNC
 
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        return [MultipleOf(PAGE_TOKENS)]
+    @classmethod
+    def get_supported_kernel_block_sizes(cls, kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        """vLLM cuts larger blocks into such ones."""
+        return [BLOCK_TOKENS] if cls.keeps_raw_block else [MultipleOf(PAGE_TOKENS)]
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
@@ -103,16 +104,18 @@ def _of_format(backend: type[CompressedBackend], fmt: KVFormat) -> type[Any]:
     return type(backend.__name__, (backend,), {"fmt": fmt, "__module__": backend.__module__})
 
 
-def blocks_of(kv_cache: torch.Tensor) -> torch.Tensor:
+def blocks_of(kv_cache: torch.Tensor, codec: Codec) -> torch.Tensor:
     """A layer's cache as the kernels take it: uint8 [num_blocks, block_size, kv_heads, slot_bytes].
 
-    kv_cache: as vLLM hands it over, uint8 [num_blocks, kv_heads, block_size, slot_bytes] in whatever order
-    in memory; a block's bytes are contiguous. Pages of layers with fewer bits may be padded to those of
-    others. While vLLM measures memory there is no cache, and a tensor without elements in its place.
+    kv_cache: as vLLM hands it over, uint8 [num_blocks, kv_heads, block_size, token_bytes] in whatever order
+    in memory; a block's bytes are contiguous, key anchors at their end. Pages of layers with fewer bits may
+    be padded to those of others. While vLLM measures memory there is no cache, and a tensor without elements
+    in its place.
     """
     if not kv_cache.numel():
         return kv_cache
-    num_blocks, kv_heads, block_size, slot_bytes = kv_cache.shape
+    num_blocks, kv_heads, block_size, _ = kv_cache.shape
+    slot_bytes = codec.fmt.slot_bytes(codec.head_dim)
     shape = (num_blocks, block_size, kv_heads, slot_bytes)
     return kv_cache.as_strided(shape, (kv_cache.stride(0), kv_heads * slot_bytes, slot_bytes, 1))
 
@@ -125,9 +128,6 @@ def _codec(fmt: KVFormat, head_dim: int, seed: int) -> Codec:
 
 class CompressedImpl(AttentionImpl):
     """One attention layer. Its format follows from the layer's name, which vLLM hands in with each call."""
-
-    _store: ClassVar[Callable[[Codec, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]]
-    """How the device writes pages: `store.reference.store`, or the kernel with the same arguments."""
 
     def __init__(
         self,
@@ -170,21 +170,6 @@ class CompressedImpl(AttentionImpl):
         self.sinks = sinks
         self._config = config
         self._codecs: dict[str, Codec] = {}
-
-    def do_kv_cache_update(
-        self,
-        layer: Any,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> None:
-        """Encodes new tokens into their pages.
-
-        key, value [num_tokens, kv_heads, head_dim]; kv_cache uint8 [num_blocks, kv_heads, block_size,
-        slot_bytes]; slot_mapping int64 [num_tokens], -1 for padding.
-        """
-        self._store(self.layer_codec(layer), key, value, blocks_of(kv_cache), slot_mapping)
 
     def layer_codec(self, layer: Any) -> Codec:
         """The codec of the layer that writes these pages: with cross-layer sharing not this one."""

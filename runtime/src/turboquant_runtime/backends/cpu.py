@@ -1,12 +1,13 @@
 """Attention on vLLM's CPU platform, served from compressed pages through the torch reference.
 
-vLLM calls a layer twice a step: `do_kv_cache_update` encodes the new tokens into their pages, then
-`forward` attends over the pages, those of the step's own tokens included (every query reads every key and
-value as the cache stores them). One call covers all sequences of the batch, prefill chunks and decodes
-mixed. The pages are all that is kept between steps.
+vLLM calls a layer once a step: `forward` stores the new tokens, raw or encoded with the block that they
+complete, and attends (`turboquant_kernels.raw_block`: what a query sees of its own block and of earlier
+ones). One call covers all sequences of the batch, prefill chunks and decodes mixed. The pages are all that is
+kept between steps.
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -17,9 +18,12 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 
+from turboquant_kernels.codec import Codec
 from turboquant_kernels.decode.reference import paged_attention
 from turboquant_kernels.decode.tiles import Tiles, tile_batch
-from turboquant_kernels.store.reference import store
+from turboquant_kernels.raw_block import OwnTokens, RawBlocks, Step
+from turboquant_kernels.store.reference import store_step
+from turboquant_runtime.adapters.engine_config import raw_blocks
 from turboquant_runtime.backends.base import (
     CompressedBackend,
     CompressedImpl,
@@ -32,6 +36,7 @@ from turboquant_runtime.backends.base import (
 class CompressedCPUBackend(CompressedBackend):
     """The classes that vLLM makes for the CPU."""
 
+    keeps_raw_block: ClassVar[bool] = True
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.bfloat16, torch.float16]
 
     @classmethod
@@ -50,18 +55,15 @@ class CompressedCPUMetadata(AttentionMetadata):
 
     num_actual_tokens: int
     """Rows of the batch that are tokens; the rest is padding."""
-    query_start_loc: torch.Tensor
-    """int32 [num_seqs + 1]: where each sequence's new tokens begin."""
-    seq_lens: torch.Tensor
-    """int32 [num_seqs]: each sequence's length, its new tokens included."""
-    block_table: torch.Tensor
-    """int32 [num_seqs, max_blocks]: the blocks that hold each sequence, in order."""
+    step: Step
+    """Its sequences, in one group of blocks."""
     _tiles: dict[int | None, list[Tiles]] = field(default_factory=dict)
 
     def tiles(self, window: int | None) -> list[Tiles]:
         """How the attention cuts this batch; the layers with the same sliding window share it."""
         if window not in self._tiles:
-            self._tiles[window] = tile_batch(self.query_start_loc, self.seq_lens, window)
+            step = self.step
+            self._tiles[window] = tile_batch(step.query_start_loc, step.seq_lens, window, raw_block=True)
         return self._tiles[window]
 
 
@@ -82,16 +84,30 @@ class CompressedCPUMetadataBuilder(AttentionMetadataBuilder[CompressedCPUMetadat
         refuse_other_than_causal(common_attn_metadata)
         return CompressedCPUMetadata(
             num_actual_tokens=common_attn_metadata.num_actual_tokens,
-            query_start_loc=common_attn_metadata.query_start_loc,
-            seq_lens=common_attn_metadata.seq_lens,
-            block_table=common_attn_metadata.block_table_tensor,
+            step=Step(
+                query_start_loc=common_attn_metadata.query_start_loc,
+                seq_lens=common_attn_metadata.seq_lens,
+                block_table=common_attn_metadata.block_table_tensor,
+                slot_mapping=common_attn_metadata.slot_mapping,
+            ),
         )
 
 
 class CompressedCPUImpl(CompressedImpl):
     """One attention layer, served by the torch reference."""
 
-    _store = staticmethod(store)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._last_step: OwnTokens | None = None
+        self._shared: bool | None = None
+
+    @cached_property
+    def _raw(self) -> RawBlocks:
+        return RawBlocks(raw_blocks(self._config), self._config.model_config.dtype)
+
+    @cached_property
+    def _layers(self) -> dict[str, Any]:
+        return self._config.compilation_config.static_forward_context  # type: ignore[no-any-return]
 
     def forward(
         self,
@@ -105,27 +121,60 @@ class CompressedCPUImpl(CompressedImpl):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attends over the pages, in which key and value are already, and fills `output`.
+        """Stores key and value, attends, and fills `output`.
 
-        query, output [num_tokens, heads, head_dim]; rows beyond the batch's tokens are padding. Without
-        metadata vLLM measures memory before there is a cache: the output is zero.
+        query, output [num_tokens, heads, head_dim]; key, value [num_tokens, kv_heads, head_dim]; rows beyond
+        the batch's tokens are padding. Without metadata vLLM measures memory before there is a cache: the
+        output is zero.
         """
         refuse_quantized_output(output_scale, output_block_scale)
         if attn_metadata is None:
             return output.zero_()
-        tokens = attn_metadata.num_actual_tokens
+        tokens, step = attn_metadata.num_actual_tokens, attn_metadata.step
+        codec = self.layer_codec(layer)
+        blocks = blocks_of(kv_cache, codec)
         paged_attention(
-            self.layer_codec(layer),
+            codec,
             query[:tokens],
-            blocks_of(kv_cache),
-            attn_metadata.block_table,
-            attn_metadata.query_start_loc,
-            attn_metadata.seq_lens,
+            blocks,
+            step.block_table,
+            step.query_start_loc,
+            step.seq_lens,
             scale=self.scale,
             window=self.sliding_window,
             soft_cap=self.logits_soft_cap,
             sinks=self.sinks,
             out=output[:tokens],
             tiles=attn_metadata.tiles(self.sliding_window),
+            own=self._store(layer, codec, step, blocks, key, value),
         )
         return output
+
+    def _store(
+        self,
+        layer: Any,
+        codec: Codec,
+        step: Step,
+        blocks: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+    ) -> OwnTokens:
+        """Stores the step's tokens; what its queries read of their own blocks.
+
+        A layer that shares the cache of an earlier one stores nothing and reads what that layer has read.
+        """
+        if owner := self.kv_sharing_target_layer_name:
+            own = self._layers[owner].impl._last_step
+            assert own is not None, "the layer that owns the cache comes first"
+            return own  # type: ignore[no-any-return]
+        own = OwnTokens.of(step, self._raw, blocks, key, value)
+        store_step(codec, own, blocks, self._raw)
+        if self._is_shared(layer.layer_name):
+            self._last_step = own
+        return own
+
+    def _is_shared(self, layer_name: str) -> bool:
+        if self._shared is None:
+            targets = {getattr(x, "kv_sharing_target_layer_name", None) for x in self._layers.values()}
+            self._shared = layer_name in targets
+        return self._shared

@@ -52,6 +52,8 @@ _WIDE_CACHE_BYTES = 8 << 30
 class CompressedCUDABackend(CompressedBackend):
     """The classes that vLLM makes for a GPU."""
 
+    forward_includes_kv_cache_update: bool = False
+    keeps_raw_block: ClassVar[bool] = False
     # What FlashAttention, the prefill's attention, computes in.
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16]
 
@@ -107,13 +109,27 @@ class CompressedCUDAMetadataBuilder(AttentionMetadataBuilder[CompressedCUDAMetad
 class CompressedCUDAImpl(CompressedImpl):
     """One attention layer, served by the kernels."""
 
-    _store = staticmethod(store)
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._attend: Attend = flash_attention(self.head_size)
         self.decode_plans = decode_plans_of(self._config)
         self._decode_plans: dict[tuple[int, ...], tuple[DecodePlan, bool]] = {}
+
+    def do_kv_cache_update(
+        self,
+        layer: Any,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Encodes new tokens into their pages.
+
+        key, value [num_tokens, kv_heads, head_dim]; kv_cache uint8 [num_blocks, kv_heads, block_size,
+        slot_bytes]; slot_mapping int64 [num_tokens], -1 for padding.
+        """
+        codec = self.layer_codec(layer)
+        store(codec, key, value, blocks_of(kv_cache, codec), slot_mapping)
 
     def forward(
         self,
@@ -137,13 +153,14 @@ class CompressedCUDAImpl(CompressedImpl):
             if not kv_cache.numel():
                 warm_up(self, layer, self._config, query, key, value)
             return output.zero_()
-        blocks, decode_tokens = blocks_of(kv_cache), 0
+        codec = self.layer_codec(layer)
+        blocks, decode_tokens = blocks_of(kv_cache, codec), 0
         if decodes := attn_metadata.decodes:
             decode_tokens = decodes.tokens
             self.decode(layer, query[:decode_tokens], blocks, decodes, output[:decode_tokens])
         if prefills := attn_metadata.prefills:
             rows = slice(decode_tokens, decode_tokens + prefills.query_starts[-1])
-            self.prefill(self.layer_codec(layer), query[rows], blocks, prefills, output[rows])
+            self.prefill(codec, query[rows], blocks, prefills, output[rows])
         return output
 
     def decode(

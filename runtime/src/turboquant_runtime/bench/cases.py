@@ -138,7 +138,6 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
         }
     },
     "smoke": {
-        "block_size": 32,
         "kv_cache_memory_bytes": 16 << 20,
         "max_model_len": 512,
         "max_num_batched_tokens": 128,

@@ -88,6 +88,7 @@ def measure(task: Task, say: Say) -> Measured:
     greedy = [list(output.token_ids) for output in _generate(llm, task.workload.prompts, GREEDY_TOKENS)]
     return Measured(
         device=current_platform.get_device_name(),
+        device_type=current_platform.device_type,
         versions=installed_versions(),
         head_dim=llm.llm_engine.model_config.get_head_size(),
         completions=completions,

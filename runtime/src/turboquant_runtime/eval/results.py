@@ -33,6 +33,8 @@ class Measured:
     """What one engine computed. Lists have an item for each text, code or prompt of the workload."""
 
     device: str
+    device_type: str
+    """`cpu` or `cuda`."""
     versions: str
     head_dim: int
     completions: list[str]
@@ -85,7 +87,7 @@ def row(
         run.label,
         run.cache,
         run.chunk_tokens,
-        bytes_per_token_per_head=slot_bytes(run.cache, measured.head_dim),
+        bytes_per_token_per_head=token_bytes(run.cache, measured.head_dim, measured.device_type),
         codes=sum(returned),
         codes_planted=len(returned),
     )
@@ -114,10 +116,10 @@ def unmeasured(run: EngineRun, reason: str) -> Row:
     return Row(run.label, run.cache, run.chunk_tokens, note=reason)
 
 
-def slot_bytes(cache: str, head_dim: int) -> int | None:
-    """Bytes of one token of one KV head; None for a cache that is no uniform format."""
+def token_bytes(cache: str, head_dim: int, device: str) -> int | None:
+    """Bytes of one token of one KV head, in the mean of a tier; None for a cache that is none of ours."""
     try:
-        return base_format("bf16" if cache == "auto" else cache).slot_bytes(head_dim)
+        return base_format("bf16" if cache == "auto" else cache, device).token_bytes(head_dim)
     except ValueError:
         return None
 

@@ -14,9 +14,9 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from turboquant_kernels.decode.hopper.operands import basis, product_layout
 from turboquant_kernels.decode.hopper.pages import offset_type
-from turboquant_kernels.formats import ANCHOR_TOKENS, PAGE_TOKENS
+from turboquant_kernels.formats import BLOCK_TOKENS, PAGE_TOKENS
 
-ANCHOR_PAGES = gl.constexpr(ANCHOR_TOKENS // PAGE_TOKENS)
+ANCHOR_PAGES = gl.constexpr(BLOCK_TOKENS // PAGE_TOKENS)
 """Pages that share an anchor."""
 
 _ROWS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0]))

@@ -78,7 +78,7 @@ def attend_items_kernel(
     GROUP: tl.constexpr,  # query heads of a KV head
     BLOCK_PAGES: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
-    ANCHOR_TOKENS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
     PAGE_BYTES: tl.constexpr,
     KEY_BITS: tl.constexpr,
     VALUE_BITS: tl.constexpr,
@@ -184,9 +184,9 @@ def attend_items_kernel(
             logit += residual * (norm_scale[None, :] * norm[:, None])
         if anchors is not None:
             # Items begin where tiles of a sequence do, so that a tile has one anchor.
-            if (start == begin) | (start % ANCHOR_TOKENS == 0):
+            if (start == begin) | (start % BLOCK_TOKENS == 0):
                 block = tl.load(table + first_page // BLOCK_PAGES).to(tl.int64)
-                in_block = first_page % BLOCK_PAGES * PAGE_TOKENS // ANCHOR_TOKENS
+                in_block = first_page % BLOCK_PAGES * PAGE_TOKENS // BLOCK_TOKENS
                 vector = anchors + block * anchor_stride + (in_block * KV_HEADS + kv_head) * HEAD_DIM
                 anchor_logit = tl.zeros([ROWS], tl.float32)
                 # Some coordinates at a time: whole queries would take registers from all tiles.
