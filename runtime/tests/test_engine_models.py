@@ -6,7 +6,7 @@ from answers import assert_next_to_each_other
 pytestmark = pytest.mark.engine
 
 ARGUMENTS = {"max_model_len": 1024, "max_num_batched_tokens": 512, "kv_cache_memory_bytes": 64 << 20}
-PROMPTS = [[3 + index * index * 7 % 113 for index in range(length)] for length in (300, 40)]
+PROMPTS = [[3 + index * index * 7 % 113 for index in range(length)] for length in (700, 40)]
 
 
 @pytest.mark.parametrize(("shape", "near"), [("GEMMA2", 0.1), ("GEMMA3", 0.1), ("GPT_OSS", 0.4)])

@@ -39,13 +39,8 @@ CASES = {
         "2 layers, but the model has 4 attention layers: make the plan for this model",
     ),
     "plan without a format": ({}, plan(*[LAYER] * 4), "add --kv-cache-dtype tq-balanced"),
-    "anchor": (
-        {},
-        ["--kv-cache-dtype", "tq-k4v4", *plan(*[LAYER | {"anchor": True}] * 4)],
-        "anchor, which is not supported yet",
-    ),
     "head size": ({"head_dim": 72}, ["--kv-cache-dtype", "tq-k4v4"], "head_dim 72 is not one of"),
-    "block size": ({}, ["--kv-cache-dtype", "tq-k4v4", "--block-size", "24"], "not a multiple of 16"),
+    "block size": ({}, ["--kv-cache-dtype", "tq-k4v4", "--block-size", "64"], "not a multiple of 128"),
     "latent attention": (DEEPSEEK, ["--kv-cache-dtype", "tq-k4v4"], "multi-head latent attention (MLA)"),
     "offloading": (
         {},
