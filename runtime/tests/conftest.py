@@ -142,6 +142,7 @@ class Engine:
         # then the rows of the chunk's other tokens.
         rows = [logits for logits in seen if len(logits) > 1]
         rows.append([logits for logits in seen if len(logits) == 1][-1])
+        seen.clear()
         logits = torch.cat(rows)
         assert len(logits) == len(tokens)
         return logits
@@ -221,6 +222,7 @@ def facts() -> SimpleNamespace:
         head_dim=128,
         draft_head_dim=None,
         block_size=128,
+        draft_tokens=0,
         mla=False,
         encoder_decoder=False,
         hybrid=False,

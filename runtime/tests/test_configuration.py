@@ -76,6 +76,7 @@ def test_every_format_can_be_served_on_the_cpu(facts: SimpleNamespace) -> None:
         ("adaptive_verification", True, "adaptive verification"),
         ("fast_prefill", True, "--kv-sharing-fast-prefill"),
         ("block_size", 64, "multiple of 128"),
+        ("draft_tokens", 40, "at most 30 can be: lower num_speculative_tokens"),
         ("head_dim", 72, "head_dim 72"),
         ("draft_head_dim", 72, "the draft model's head_dim 72"),
     ],

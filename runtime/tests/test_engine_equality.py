@@ -134,6 +134,31 @@ def test_a_preempted_request_answers_as_an_undisturbed_one(engine, text, lone) -
     same_answers(outputs, expected)
 
 
+def test_blocks_of_raw_tokens_go_back_and_are_never_shared(engine, text) -> None:
+    manager = engine.scheduler.kv_cache_manager
+    engine.forget()
+    free = manager.block_pool.get_num_free_blocks()
+    schedule, held = engine.scheduler.schedule, []
+
+    def record(*args):
+        step = schedule(*args)
+        for single in manager.coordinator.single_type_managers:
+            for blocks in single.req_to_blocks.values():
+                raw = blocks[-8:]
+                assert all(block.ref_cnt == 1 and block.block_hash is None for block in raw)
+                held.append(len(blocks))
+        return step
+
+    engine.scheduler.schedule = record
+    try:
+        engine.generate([text[:130], text[:130], text[:250]], max_tokens=10)
+    finally:
+        del engine.scheduler.schedule
+    assert max(held) == 3 + 8
+    assert manager.block_pool.get_num_free_blocks() == free
+    assert not any(single.req_to_blocks for single in manager.coordinator.single_type_managers)
+
+
 def preemptions(engine) -> int:
     return sum(m.value for m in engine.llm.get_metrics() if m.name == "vllm:num_preemptions")
 
@@ -146,6 +171,27 @@ def test_a_cancelled_request_leaves_the_others_alone(engine, text, lone) -> None
     same_answers(finished, [expected[0], expected[2]])
     # Its blocks are free again, and whoever gets them reads their own tokens.
     same_answers(engine.generate(prompts, MAX_TOKENS, logprobs=2), expected)
+
+
+def test_speculation_leaves_no_trace(start_engine, two_layers, engine, text, lone) -> None:
+    """Drafts from the prompt, most of them rejected, across the ends of blocks."""
+    speculating = start_engine(
+        two_layers,
+        "tq-k4v4",
+        speculative_config={
+            "method": "ngram",
+            "num_speculative_tokens": 4,
+            "prompt_lookup_min": 1,
+            "prompt_lookup_max": 3,
+        },
+        **ARGUMENTS,
+    )
+    prompts = [text[:end] for end in (123, 125, 250, 254)]
+    outputs = speculating.generate(prompts, MAX_TOKENS, logprobs=2)
+    metrics = {m.name: m.value for m in speculating.llm.get_metrics() if hasattr(m, "value")}
+    drafted = metrics["vllm:spec_decode_num_draft_tokens"]
+    assert drafted > metrics["vllm:spec_decode_num_accepted_tokens"] > 0
+    same_answers(outputs, [lone(prompt) for prompt in prompts])
 
 
 def test_answers_within_the_first_block_are_those_of_an_uncompressed_cache(

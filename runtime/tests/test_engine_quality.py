@@ -1,7 +1,7 @@
 """What compression costs: next-token distributions, continuations and speed beside a bf16 cache.
 
-Gemma-3-270m, the same engine with another cache, on one text of 850 tokens: most of what a query reads was
-stored, all but its own block.
+Gemma-3-270m, the same engine with another cache, on one text of 640 tokens: what a query reads was stored,
+all but its own block.
 """
 
 import time
@@ -35,23 +35,28 @@ def start(start_engine, gemma):
 def text(start) -> list[int]:
     from models.texts import TEXTS
 
-    return start("auto").llm.get_tokenizer()("\n\n".join(TEXTS)).input_ids
+    return start("auto").llm.get_tokenizer()("\n\n".join(TEXTS)).input_ids[: 5 * BLOCK_TOKENS]
 
 
 @pytest.fixture(scope="module")
-def bf16_logprobs(start, text):
-    return start("auto").prompt_logits(text).log_softmax(-1)
+def bf16_logits(start, text):
+    return start("auto").prompt_logits(text)
 
 
-def divergence(reference, logprobs):
-    """KL(reference || logprobs), nats, of each row."""
-    reference = reference.float()
-    return (reference.exp() * (reference - logprobs)).sum(-1)
+def divergence(reference, logits):
+    """KL(reference || other), nats, of each row of logits. Some at a time: a row is a megabyte."""
+    import torch
+
+    rows = []
+    for part, other in zip(reference.split(32), logits.split(32), strict=True):
+        part, other = part.log_softmax(-1), other.log_softmax(-1)
+        rows.append((part.exp() * (part - other)).sum(-1))
+    return torch.cat(rows)
 
 
 @pytest.mark.parametrize("name", MAX_KL)
-def test_next_token_divergence_stays_below_the_limit(start, text, bf16_logprobs, record_property, name):
-    rows = divergence(bf16_logprobs, start(name).prompt_logits(text).log_softmax(-1))
+def test_next_token_divergence_stays_below_the_limit(start, text, bf16_logits, record_property, name):
+    rows = divergence(bf16_logits, start(name).prompt_logits(text))
     by_block = [round(block.mean().item(), 4) for block in rows.split(BLOCK_TOKENS)]
     stored = rows[BLOCK_TOKENS:].mean().item()
     record_property("kl", round(stored, 4))
@@ -60,11 +65,11 @@ def test_next_token_divergence_stays_below_the_limit(start, text, bf16_logprobs,
     assert 0 < stored <= MAX_KL[name]
 
 
-def test_decoding_reads_the_cache_that_prefill_wrote(start, text, bf16_logprobs, record_property) -> None:
+def test_decoding_reads_the_cache_that_prefill_wrote(start, text, bf16_logits, record_property) -> None:
     """Teacher forcing: each request finds all but its last token in the cache, and only that is raw."""
     import torch
 
-    engine, reference = start("tq-k4v4"), bf16_logprobs
+    engine, reference = start("tq-k4v4"), bf16_logits
     compute, logits = engine.runner.model.compute_logits, []
     engine.forget()
     engine.generate([text], max_tokens=1)
@@ -76,9 +81,9 @@ def test_decoding_reads_the_cache_that_prefill_wrote(start, text, bf16_logprobs,
             assert output.num_cached_tokens == length - 1
     finally:
         del engine.runner.model.compute_logits
-    rows = divergence(reference[[n - 1 for n in lengths]], torch.cat(logits).log_softmax(-1))
+    rows = divergence(reference[[n - 1 for n in lengths]], torch.cat(logits))
     record_property("kl", round(rows.mean().item(), 4))
-    # Twice the limit of the mean: these are six tokens, which have no raw neighbour.
+    # Twice the limit of the mean: these are four tokens, which have no raw neighbour.
     assert 0 < rows.mean() <= 2 * MAX_KL["tq-k4v4"]
 
 

@@ -8,6 +8,7 @@ adapter of the installed vLLM version hands in plain values.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 from turboquant_kernels.formats import (
@@ -63,6 +64,8 @@ class EngineFacts:
     """Of the draft model, where one speculates."""
     block_size: int
     """Tokens in one block of the engine's block table."""
+    draft_tokens: int
+    """Tokens that are speculated in a step at most; 0 without speculation."""
     mla: bool
     encoder_decoder: bool
     hybrid: bool
@@ -179,6 +182,8 @@ def check_servable(plan: KVPlan, facts: EngineFacts) -> None:
         )
     for index, layer in enumerate(plan.layers):
         _check_layer(index, layer, facts)
+        if layer.compressed and facts.device in RAW_BLOCK_DEVICES:
+            _check_drafts(layer, facts)
     if facts.draft_head_dim is not None and facts.draft_head_dim not in HEAD_DIMS:
         raise RefusedConfiguration(
             f"{plan_name(plan)}: the draft model's head_dim {facts.draft_head_dim} is not one of "
@@ -224,6 +229,21 @@ def _check_layer(index: int, layer: KVFormat, facts: EngineFacts) -> None:
         layer.slot_bytes(facts.head_dim)
     except ValueError as error:
         raise RefusedConfiguration(f"{error}: choose another model, {_UNCOMPRESSED}") from error
+
+
+def _check_drafts(layer: KVFormat, facts: EngineFacts) -> None:
+    """A block that drafts complete stays whole, raw, while so many tokens of the next are written."""
+    blocks = layer.raw_blocks(facts.head_dim, _ELEMENT_BYTES[facts.dtype])
+    # One more than drafts is verified, and one more than that is given to a draft model.
+    most = ceil(BLOCK_TOKENS / blocks) - 2
+    if facts.draft_tokens > most:
+        raise RefusedConfiguration(
+            f"{layer.name}: {facts.draft_tokens} tokens are speculated in a step and at most {most} can be: "
+            "lower num_speculative_tokens, or choose a format of more bits"
+        )
+
+
+_ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def plan_name(plan: KVPlan) -> str:

@@ -90,6 +90,7 @@ def facts_of(vllm_config: VllmConfig) -> EngineFacts:
         head_dim=model.get_head_size(),
         draft_head_dim=draft.get_head_size() if draft else None,
         block_size=vllm_config.cache_config.block_size,
+        draft_tokens=(speculative.num_speculative_tokens or 0) if speculative else 0,
         mla=model.use_mla,
         encoder_decoder=model.is_encoder_decoder,
         hybrid=model.is_hybrid,

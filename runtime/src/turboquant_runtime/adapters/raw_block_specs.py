@@ -30,9 +30,10 @@ class RawBlockSpec(FullAttentionSpec):
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
         """As vLLM's, which builds the result field by field and leaves out those that it does not know."""
-        (raw_tokens,) = {getattr(spec, "raw_tokens", None) for spec in specs}
-        assert raw_tokens is not None, "all layers of a group have the same additional blocks"
-        return replace_as(FullAttentionSpec.merge(specs), cls, raw_tokens=raw_tokens)
+        found = {getattr(spec, "raw_tokens", None) for spec in specs}
+        # vLLM asks whether layers may share a group by catching this.
+        assert len(found) == 1, "all layers of a group have the same additional blocks"
+        return replace_as(FullAttentionSpec.merge(specs), cls, raw_tokens=found.pop())
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         return super().max_memory_usage_bytes(vllm_config) + extra_blocks(self) * self.page_size_bytes

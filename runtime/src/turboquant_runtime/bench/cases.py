@@ -202,7 +202,7 @@ GROUPS: Mapping[str, Group] = {
             Prefill(96, repeats=2),
             Decode((1, 2), 96, steps=3, repeats=2),
             Batch(3, 16, 4, repeats=2),
-            Sessions(3, 64, turns=2, user_tokens=8, output_tokens=4, at_once=2),
+            Sessions(3, 200, turns=2, user_tokens=8, output_tokens=4, at_once=2),
         ),
         ("auto", "tq-k4v4"),
         settings="smoke",
