@@ -73,9 +73,7 @@ def allocate(tier: Tier, tensors: Tensors, config: Mapping[str, Any], skip: Sequ
     where config or weights do not say what is needed in a way that is known.
     """
     text = _text_config(config)
-    kinds = set(text.get("layer_types") or ())
-    states = any(value and _STATES.match(str(field)) for field, value in text.items())
-    if len(kinds) > 1 or states or _ALTERNATING_WINDOWS.match(text.get("model_type") or ""):
+    if pages_have_one_size(text):
         raise AllocationError("windows or states in some layers make all share pages of one size")
     try:
         found = sensitivities(tensors, text, anchor=tier.anchor)
@@ -100,6 +98,14 @@ def allocate(tier: Tier, tensors: Tensors, config: Mapping[str, Any], skip: Sequ
         layer: replace(tier.format, key_bits=bits) for layer, bits in zip(dealt, key_bits, strict=True)
     }
     return KVPlan(tuple(formats.get(layer, BF16) for layer in range(len(found))))
+
+
+def pages_have_one_size(text: Mapping[str, Any]) -> bool:
+    """Whether windows or states in some layers make all layers share pages of one size: no layer can have
+    bits of its own then. `text` is the language model's config."""
+    kinds = set(text.get("layer_types") or ())
+    states = any(value and _STATES.match(str(field)) for field, value in text.items())
+    return len(kinds) > 1 or states or bool(_ALTERNATING_WINDOWS.match(text.get("model_type") or ""))
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

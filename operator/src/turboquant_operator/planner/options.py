@@ -34,7 +34,8 @@ class Choice:
     def of_tier(cls, tier: Tier, facts: ModelFacts, skip: Iterable[int] = ()) -> "Choice":
         """A tier, each layer with its mean of bits: the engine deals them at equal bytes."""
         uniform = cls.uniform(tier.format, facts, skip)
-        return replace(uniform, name=tier.cache_dtype, tier=tier.name, lowest=tier.lowest)
+        lowest = None if facts.shares_page_size else tier.lowest
+        return replace(uniform, name=tier.cache_dtype, tier=tier.name, lowest=lowest)
 
 
 @dataclass(frozen=True)

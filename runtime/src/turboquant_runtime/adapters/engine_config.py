@@ -6,6 +6,7 @@ import vllm.envs
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
+from turboquant_kernels.allocation import pages_have_one_size
 from turboquant_kernels.formats import KVFormat, base_format, find_tier
 from turboquant_kernels.plans import KVPlan
 from turboquant_runtime.configuration import CACHE_DTYPES, EngineFacts, attention_layers, requested_plan
@@ -54,12 +55,14 @@ def raw_blocks(vllm_config: VllmConfig) -> int:
     assert plan is not None, "only engines with compressed layers have raw blocks"
     device, cache_dtype = current_platform.device_type, vllm_config.cache_config.cache_dtype
     formats = {fmt for fmt in plan.layers if fmt.compressed}
-    if tier := find_tier(cache_dtype):
-        formats.add(tier.on(device).lowest)
+    target = _target_model(vllm_config)
+    tier = find_tier(cache_dtype)
+    if tier and not pages_have_one_size(target.hf_text_config.to_dict()):
+        formats.add(tier.on(device).lowest)  # whatever is dealt, so that the planner knows
     draft = speculative.draft_model_config if speculative else None
     if draft is not None:
         formats.add(base_format(cache_dtype, device))
-    models = [_target_model(vllm_config), *([draft] if draft else [])]
+    models = [target, *([draft] if draft else [])]
     return max(
         fmt.raw_blocks(model.get_head_size(), model.dtype.itemsize) for model in models for fmt in formats
     )
