@@ -240,6 +240,44 @@ class TestMemory:
         assert (plan.predicted_tokens, plan.baseline_tokens) == (119_506, 32_768)
         assert (plan.gpus_per_replica, plan.accelerator) == (0, "cpu")
 
+    def test_the_raw_block_of_a_sequence_is_counted_and_told(self, spec, facts):
+        cpu, cache = {"type": "cpu"}, {"memory": "4Gi", "format": "tq-k4v4"}
+
+        def plan(context):
+            asked = spec(accelerator=cpu, kvCache=cache, capacity={"contextLength": context})
+            return planned(asked, facts("llama-3.1-8b"))
+
+        # 4 blocks of 128 tokens, 132 bytes, 8 KV heads and 32 layers.
+        assert any("each sequence takes 16.5 MiB" in reason for reason in plan(8192).reasons)
+        assert plan(32768).predicted_tokens > plan(8192).predicted_tokens > plan(1024).predicted_tokens
+
+    def test_a_tier_on_a_gpu_has_no_raw_block_yet(self, spec, facts):
+        plan = planned(spec(kvCache={"format": "tq-balanced"}), facts("llama-3.1-8b"))
+        assert plan.kv_bytes_per_token == 32 * 8 * 132
+        assert not any("not compressed: each sequence" in reason for reason in plan.reasons)
+        cache = {"memory": "16Gi", "format": "tq-balanced"}
+        cpu = spec(accelerator={"type": "cpu"}, kvCache=cache)
+        assert planned(cpu, facts("llama-3.1-8b")).kv_bytes_per_token == 32 * 8 * 134
+
+    @pytest.mark.parametrize(
+        ("accelerator", "size", "unit"), [("cpu", 64, 128), ("nvidia-h100-80gb", 24, 16)]
+    )
+    def test_blocks_that_a_compressed_cache_cannot_have_are_refused(
+        self, spec, facts, accelerator, size, unit
+    ):
+        def asked(fmt):
+            return spec(
+                accelerator={"type": accelerator},
+                kvCache={"memory": "4Gi", "format": fmt},
+                engine={"args": [f"--block-size={size}"]},
+                capacity={"contextLength": 8192},
+            )
+
+        answer = refusal(asked("tq-k4v4"), facts("llama-3.1-8b"))
+        assert answer.reason == "InvalidEngineArgument"
+        assert f"--block-size {size} is not a multiple of {unit}" in answer.message
+        assert planned(asked("bf16"), facts("llama-3.1-8b"))
+
     def test_cpu_needs_no_weights(self, spec, facts):
         plan = planned(
             spec(accelerator={"type": "cpu"}, kvCache={"memory": "1Gi"}, capacity={"contextLength": 4096}),
