@@ -1,16 +1,17 @@
-"""Engines for the tests: real vLLM engines inside the test process, each started once a session.
+"""Engines for the tests: real vLLM engines inside the test process, each started once a module.
 
 vLLM's settings are read when it is first imported, so they are set here, before any test module is. Engines
 run in this process (no engine-core process, no worker process): a start costs seconds, and tests can look at
 the real cache tensors and logits. What only a server shows is tested on one (`test_engine_server.py`).
 """
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -148,7 +149,12 @@ class Engine:
         return logits
 
 
-@pytest.fixture(scope="session")
+def _engines_stay(fixture_name: str, config: pytest.Config) -> Literal["session", "module"]:
+    """On a GPU for the session, where starts take longest; elsewhere all of them would not fit in memory."""
+    return "session" if torch.cuda.is_available() else "module"
+
+
+@pytest.fixture(scope=_engines_stay)
 def start_engine() -> Iterator[Callable[..., Engine]]:
     """Starts an engine, or gives the one that was started with the same arguments and model runner.
 
@@ -179,6 +185,7 @@ def start_engine() -> Iterator[Callable[..., Engine]]:
 
     yield start
     engines.clear()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

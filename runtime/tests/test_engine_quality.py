@@ -13,7 +13,7 @@ from turboquant_kernels.formats import BLOCK_TOKENS
 
 pytestmark = pytest.mark.engine
 
-MAX_KL = {"tq-near-lossless": 0.004, "tq-balanced": 0.01, "tq-max-capacity": 0.04, "tq-k4v4": 0.06}
+MAX_KL = {"tq-near-lossless": 0.004, "tq-balanced": 0.01, "tq-max-capacity": 0.04, "tq-k4v4": 0.08}
 """Nats, mean over tokens."""
 
 
@@ -107,11 +107,12 @@ def test_answers_come_from_the_pages_alone(start, text) -> None:
     assert overwritten[1].keys() != from_cache.keys()
 
 
-def test_greedy_continuations_are_reported_and_mostly_agree(start, record_property) -> None:
+def test_greedy_continuations_are_reported_and_mostly_agree(start, text, record_property) -> None:
+    """Behind three blocks of stored context."""
     from models.texts import PROMPTS
 
     tokenizer = start("auto").llm.get_tokenizer()
-    prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
+    prompts = [text[: 3 * BLOCK_TOKENS] + tokenizer(prompt).input_ids[1:] for prompt in PROMPTS]
     expected = [o.outputs[0].token_ids for o in start("auto").generate(prompts, max_tokens=16)]
     for name in MAX_KL:
         got = [o.outputs[0].token_ids for o in start(name).generate(prompts, max_tokens=16)]

@@ -48,6 +48,20 @@ SIGNATURES = {
     "v1/attention/backend.py AttentionBackend.customize_spec": "cls spec",
     "v1/attention/backend.py max_decode_query_len": "vllm_config",
     "v1/worker/utils.py customize_attention_spec": "backend spec",
+    "v1/core/single_type_kv_cache_manager.py SingleTypeKVCacheManager.get_num_blocks_to_allocate": (
+        "self request_id num_tokens new_computed_blocks total_computed_tokens num_local_computed_tokens"
+        " num_tokens_main_model apply_admission_cap prefill_end"
+    ),
+    "v1/core/single_type_kv_cache_manager.py SingleTypeKVCacheManager.allocate_new_blocks": (
+        "self request_id num_tokens num_tokens_main_model"
+    ),
+    "v1/kv_cache_interface.py FullAttentionSpec.merge": "cls specs",
+    "v1/kv_cache_interface.py FullAttentionSpec.max_memory_usage_bytes": "self vllm_config",
+    "v1/kv_cache_interface.py AttentionSpec.max_num_blocks_per_req": "self vllm_config max_len",
+    "v1/kv_cache_interface.py SlidingWindowSpec.max_admission_blocks_per_request": (
+        "self max_in_flight_tokens max_model_len"
+    ),
+    "v1/kv_cache_spec_registry.py KVCacheSpecRegistry._ensure_registered": "cls vllm_config",
     "v1/engine/core_client.py MPClient._apply_ready_response": "self payload",
     "v1/metrics/loggers.py StatLoggerBase.__init__": "self vllm_config engine_index",
     "v1/metrics/loggers.py StatLoggerBase.record": (
