@@ -148,7 +148,7 @@ def test_flash_attention_sees_the_same_keys(bounds, capacity, window, batch):
                 assert torch.equal(seen, seen_keys(n, m, causal, left))
 
         flash_attend(varlen, 2)(
-            *[torch.empty(0)] * 3,
+            *[torch.empty(0, 0)] * 3,
             query_starts=starts,
             max_queries=max_queries,
             max_keys=max_keys,
@@ -215,3 +215,27 @@ def test_indices_begin_where_a_pointer_is_aligned():
 def test_pages_are_whole_blocks(head_dim):
     assert flash_page_tokens(head_dim, 2) == BLOCK_TOKENS
     assert flash_page_tokens(head_dim, 3) % BLOCK_TOKENS == 0
+
+
+def test_flash_attention_splits_keys_where_queries_are_few():
+    """It counts the queries of the longest segment alone, and holds an output for each split."""
+    asked = []
+
+    def varlen(*, num_splits, **_):
+        asked.append(num_splits)
+        return None, None
+
+    for version, queries, block_table in [(3, 8192, True), (3, 10, True), (2, 8192, True), (3, 8192, None)]:
+        flash_attend(varlen, version)(
+            torch.empty(queries, 32, 1),
+            *[torch.empty(0)] * 2,
+            query_starts=None,
+            block_table=block_table,
+            max_queries=128,
+            max_keys=1024,
+            scale=1.0,
+            causal=False,
+            left=None,
+            soft_cap=None,
+        )
+    assert asked == [1, 0, 0, 0]

@@ -28,9 +28,11 @@ SCRATCH_BYTES = 128 << 20
 
 
 _BUSY_VECTORS = 132 * 128
-"""Queries times heads that fill the 132 multiprocessors of an H200 with FlashAttention-3's tiles of 128. It
-decides by the longest segment alone whether to split keys, as if there were no other, and then allocates a
-float32 output for each split: 512 MiB for 8,192 tokens of 32 heads of 128 in pieces of a block."""
+"""Queries times heads that fill the 132 multiprocessors of an H200 with FlashAttention-3's tiles of 128.
+
+It decides whether to split keys by the longest segment, as if there were no other, and has a float32 output
+for each split: 512 MiB for 8,192 queries of 32 heads of 128 in pieces of a block (hopper/heuristics.h).
+"""
 
 
 class Attend(Protocol):
@@ -96,9 +98,7 @@ def flash_attend(varlen: Callable[..., Any], version: int | None) -> Attend:
             # bound on the right, and sets an open one, to max_seqlen_k (csrc/flash_attn/flash_api.cpp).
             window_size = [left, 0 if causal else max_queries]
             max_keys = max(max_keys, max_queries)
-        num_splits = 0
-        if version == 3 and query.shape[0] * query.shape[1] >= _BUSY_VECTORS:
-            num_splits = 1
+        is_busy = query.shape[0] * query.shape[1] >= _BUSY_VECTORS
         return varlen(
             q=query,
             k=key,
@@ -115,7 +115,7 @@ def flash_attend(varlen: Callable[..., Any], version: int | None) -> Attend:
             softcap=soft_cap or 0.0,
             return_softmax_lse=True,
             out=out,
-            num_splits=num_splits,
+            num_splits=1 if version == 3 and block_table is not None and is_busy else 0,
             fa_version=version,
         )
 

@@ -1,15 +1,18 @@
 """Raw keys and values of the blocks in which chunks lie, gathered before a step stores anything."""
 
+from functools import cache
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
-from turboquant_kernels.formats import BLOCK_TOKENS
 from turboquant_kernels.prefill.pieces import PiecePlan
 from turboquant_kernels.raw_block import RawBlocks
 
 TOKENS = 32
-"""Of a program."""
+"""Tokens of a program."""
+NUM_WARPS = 4
 
 
 def begun_blocks(
@@ -54,16 +57,23 @@ def begun_blocks(
         key.stride(1),
         value.stride(0),
         value.stride(1),
-        RAW_BLOCKS=raw.blocks,
-        RAW_TOKENS=raw.tokens_per_block,
-        BLOCK_TOKENS=BLOCK_TOKENS,
-        KV_HEADS=kv_heads,
-        HEAD_DIM=head_dim,
-        WIDTH=triton.next_power_of_2(head_dim),
-        TOKENS=TOKENS,
-        num_warps=4,
+        **begun_constexprs(raw, kv_heads, head_dim),
+        num_warps=NUM_WARPS,
     )
     return own_key, own_value
+
+
+@cache
+def begun_constexprs(raw: RawBlocks, kv_heads: int, head_dim: int) -> dict[str, Any]:
+    """What `begun_kernel` is specialized to."""
+    return {
+        "RAW_BLOCKS": raw.blocks,
+        "RAW_TOKENS": raw.tokens_per_block,
+        "KV_HEADS": kv_heads,
+        "HEAD_DIM": head_dim,
+        "WIDTH": triton.next_power_of_2(head_dim),
+        "TOKENS": TOKENS,
+    }
 
 
 @triton.jit
@@ -85,7 +95,6 @@ def begun_kernel(
     value_head_stride,
     RAW_BLOCKS: tl.constexpr,
     RAW_TOKENS: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
