@@ -148,7 +148,7 @@ def test_flash_attention_sees_the_same_keys(bounds, capacity, window, batch):
                 assert torch.equal(seen, seen_keys(n, m, causal, left))
 
         flash_attend(varlen, 2)(
-            *[torch.empty(0, 0)] * 3,
+            *[torch.empty(0)] * 3,
             query_starts=starts,
             max_queries=max_queries,
             max_keys=max_keys,

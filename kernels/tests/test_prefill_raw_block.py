@@ -53,8 +53,8 @@ def step(
         out = prefill_attention(
             engine.codec,
             torch.cat((query, query[:padding])).to(device),
-            own_key.contiguous(),
-            own_value.contiguous(),
+            own_key,
+            own_value,
             on(device, engine.cache),
             table,
             plan,

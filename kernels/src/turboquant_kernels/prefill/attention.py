@@ -98,7 +98,7 @@ def flash_attend(varlen: Callable[..., Any], version: int | None) -> Attend:
             # bound on the right, and sets an open one, to max_seqlen_k (csrc/flash_attn/flash_api.cpp).
             window_size = [left, 0 if causal else max_queries]
             max_keys = max(max_keys, max_queries)
-        is_busy = query.shape[0] * query.shape[1] >= _BUSY_VECTORS
+        is_busy = query.shape[:2].numel() >= _BUSY_VECTORS
         return varlen(
             q=query,
             k=key,

@@ -188,7 +188,7 @@ def plan_pieces(
 
 
 def _pieces(sequence: int, row: int, end_row: int, seq_len: int) -> Iterator[Piece]:
-    """The pieces of a sequence, whose last tokens are these rows of the batch."""
+    """The pieces of a sequence, whose last tokens are the rows from `row` to `end_row`."""
     offset = end_row - seq_len
     position = row - offset
     while position < seq_len:
@@ -275,14 +275,13 @@ def _tile(segments: list[Segment], page_tokens: int, device: torch.device) -> Ti
     starts = _starts(blocks)
     # Of each block of the scratch.
     sequence = np.repeat([segment.sequence for segment in segments], blocks)
-    block = np.repeat([segment.first_block for segment in segments] - starts[:-1], blocks) + np.arange(
-        starts[-1]
-    )
+    place = np.arange(starts[-1])
+    block = np.repeat([segment.first_block for segment in segments] - starts[:-1], blocks) + place
     half = np.arange(_BLOCK_ITEMS)
-    items = np.empty((len(block), _BLOCK_ITEMS, 4), np.int32)
+    items = np.empty((len(place), _BLOCK_ITEMS, 4), np.int32)
     items[..., 0] = sequence[:, None]
     items[..., 1] = (block[:, None] * BLOCK_TOKENS + half * ITEM_TOKENS) // PAGE_TOKENS
-    items[..., 2] = np.arange(len(block))[:, None] * BLOCK_TOKENS + half * ITEM_TOKENS
+    items[..., 2] = place[:, None] * BLOCK_TOKENS + half * ITEM_TOKENS
     items[..., 3] = ITEM_TOKENS
 
     # Columns: first row, queries, padding, first block, end block.
