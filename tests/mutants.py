@@ -598,6 +598,28 @@ MUTATIONS = [
         "_smallest_that_holds(context.max().expand_as(context), CHUNK_TOKENS)",
         "test_paged_attention.py::test_the_shape_of_a_tile_is_its_own_sequences",
     ),
+    # Prefill
+    Mutation(
+        "one bound on the left without padding",
+        "prefill/pieces.py",
+        "end - piece.position, end_query - end, first",
+        "end - piece.position, 0, first",
+        "test_prefill_pieces.py::test_a_query_sees_each_stored_key_of_its_window_once",
+    ),
+    Mutation(
+        "a begun block's first tokens from their own entry",
+        "prefill/begun.py",
+        "tl.where(part > 0, part, RAW_BLOCKS)",
+        "part",
+        "test_prefill_raw_block.py::test_raw_keys_of_begun_blocks_are_the_models_own",
+    ),
+    Mutation(
+        "a merged sum keeps its larger part",
+        "prefill/merge.py",
+        "larger + tl.log(total)",
+        "larger",
+        "test_prefill_raw_block.py::test_sequences_together",
+    ),
 ]
 
 

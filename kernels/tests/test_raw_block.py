@@ -55,42 +55,44 @@ class Engine:
         for row, numbers in zip(self.table, order, strict=True):
             row[: len(numbers)] = numbers
 
-    def step(self, parts, *, options=None, poison=()):
-        """One step: {sequence: (first position, end)}. The output of each sequence's tokens.
+    def batch(self, parts, poison=()):
+        """The step {sequence: (first position, end)}, its keys, values and queries.
 
         poison: sequences whose last key and value are those of drafts that will be rejected.
         """
         starts = torch.tensor([0, *(end - first for first, end in parts.values())]).cumsum(0).int()
         rows = [(i, p) for i, (first, end) in parts.items() for p in range(first, end)]
-
-        def gather(tensors):
-            return torch.stack([tensors[i][p] for i, p in rows])
-
-        key, value = gather(self.keys), gather(self.values)
+        key, value, query = (
+            torch.stack([tensors[i][p] for i, p in rows])
+            for tensors in (self.keys, self.values, self.queries)
+        )
         for sequence in poison:
             last = int(starts[list(parts).index(sequence) + 1]) - 1
             key[last], value[last] = 99.0, -99.0
-        table = self.table[list(parts)]
         block, offset = zip(*(divmod(p, BLOCK_TOKENS) for _, p in rows), strict=True)
         slots = torch.stack(
             [self.table[i, b] * BLOCK_TOKENS + o for (i, _), b, o in zip(rows, block, offset, strict=True)]
         )
         lengths = torch.tensor([end for _, end in parts.values()], dtype=torch.int32)
-        step = Step(starts, lengths, table, slots)
+        return Step(starts, lengths, self.table[list(parts)], slots), key, value, query
+
+    def step(self, parts, *, options=None, poison=()):
+        """One step of a `batch`: the output of each sequence's tokens."""
+        step, key, value, query = self.batch(parts, poison)
         own = OwnTokens.of(step, self.raw, self.cache, key, value)
         store_step(self.codec, own, self.cache, self.raw)
         out = paged_attention(
             self.codec,
-            gather(self.queries).float(),
+            query.float(),
             self.cache,
-            table,
-            starts,
-            lengths,
+            step.block_table,
+            step.query_start_loc,
+            step.seq_lens,
             scale=self.codec.head_dim**-0.5,
             own=own,
             **(options or {}),
         )
-        return dict(zip(parts, out.split(starts.diff().tolist()), strict=True))
+        return dict(zip(parts, out.split(step.query_lens.tolist()), strict=True))
 
     def expected(self, i, window=None, soft_cap=None, sinks=None):
         """float64 [length, q_heads, D], from the definition."""

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from turboquant_kernels.codec import Codec
-from turboquant_kernels.formats import KVFormat
-from turboquant_kernels.prefill.attention import prefill_attention
+from turboquant_kernels.formats import BLOCK_TOKENS, KVFormat
+from turboquant_kernels.prefill import blocks
+from turboquant_kernels.prefill.attention import flash_page_tokens, prefill_attention
+from turboquant_kernels.prefill.pieces import plan_pieces
 from turboquant_kernels.prefill.tiles import plan_tiles
 from turboquant_kernels.store.kernel import store
 
@@ -151,6 +153,49 @@ def test_a_prefill_reads_what_the_pages_hold(
         sinks=sinks,
     )
     assert relative(output, exact(layer, window, sinks)[0]) < 0.03
+
+
+@pytest.mark.parametrize("first", [0, 300], ids=["whole", "begun block"])
+@pytest.mark.parametrize(("capacity", "version"), [(1024, 2), (1024, 3), (256, 3)])
+def test_a_prefill_in_pieces(
+    layer,
+    head_dim: int,
+    window: int | None,
+    sinks: torch.Tensor | None,
+    capacity: int,
+    version: int,
+    first: int,
+) -> None:
+    """At 8 bits, whose own error is the bound, through pages of a block and larger ones, which overlap."""
+    from turboquant_runtime.backends.flash import flash_attention
+
+    query, key, value = layer
+    codec = Codec(KVFormat(8, 8), head_dim)
+    shape = (-(-TOKENS // BLOCK_TOKENS), BLOCK_TOKENS, KV_HEADS, codec.fmt.slot_bytes(head_dim))
+    cache = torch.zeros(shape, dtype=torch.uint8, device="cuda")
+    store(codec, key, value, cache, torch.arange(TOKENS, device="cuda"))
+    plan = plan_pieces(
+        [0, TOKENS - first],
+        [TOKENS],
+        capacity=capacity,
+        window=window,
+        page_tokens=flash_page_tokens(head_dim, version),
+        device=query.device,
+    )
+    own = slice(first // BLOCK_TOKENS * BLOCK_TOKENS, TOKENS)
+    output = blocks.prefill_attention(
+        codec,
+        query[first:],
+        key[own],
+        value[own],
+        cache,
+        torch.arange(len(cache), dtype=torch.int32, device="cuda")[None],
+        plan,
+        flash_attention(head_dim),
+        scale=head_dim**-0.5,
+        sinks=sinks,
+    )
+    assert relative(output, exact(layer, window, sinks)[0][first:]) < 0.03
 
 
 def test_vllms_own_sinks(layer, head_dim: int, window: int | None) -> None:

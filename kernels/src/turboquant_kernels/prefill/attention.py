@@ -9,6 +9,7 @@ Every query reads every key and value as the cache stores it, those of its own c
 The attention kernel is passed in: vLLM's FlashAttention on a GPU, PyTorch in tests.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ import triton
 import triton.language as tl
 
 from turboquant_kernels.codec import Codec
+from turboquant_kernels.formats import BLOCK_TOKENS
 from turboquant_kernels.prefill.expand import expand
 from turboquant_kernels.prefill.tiles import Tile, plan_tiles
 from turboquant_kernels.rotation import signed_hadamard
@@ -25,8 +27,16 @@ SCRATCH_BYTES = 128 << 20
 """Expanded keys and values, whatever the context: 32,768 tokens of 8 KV heads of 128 in bf16."""
 
 
+_BUSY_VECTORS = 132 * 128
+"""Queries times heads that fill the 132 multiprocessors of an H200 with FlashAttention-3's tiles of 128.
+
+It decides whether to split keys by the longest segment, as if there were no other, and has a float32 output
+for each split: 512 MiB for 8,192 queries of 32 heads of 128 in pieces of a block (hopper/heuristics.h).
+"""
+
+
 class Attend(Protocol):
-    """Attention over plain keys and values of segments, ragged, without a cache."""
+    """Attention over plain keys and values of segments of a ragged batch."""
 
     def __call__(
         self,
@@ -35,22 +45,30 @@ class Attend(Protocol):
         value: torch.Tensor,
         *,
         query_starts: torch.Tensor,
-        key_starts: torch.Tensor,
+        key_starts: torch.Tensor | None = None,
+        key_lens: torch.Tensor | None = None,
+        block_table: torch.Tensor | None = None,
         max_queries: int,
         max_keys: int,
         scale: float,
         causal: bool,
         left: int | None,
         soft_cap: float | None,
+        out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """query [n, q_heads, D], key and value [m, kv_heads, D]; starts int32 [segments + 1].
+
+        Or key and value are pages [pages, page_tokens, kv_heads, D], which may overlap in memory, and a
+        segment's keys the first of those that `block_table` names: key_lens int32 [segments], block_table
+        int32 [segments, most pages], in place of key_starts.
 
         Queries and keys of a segment are aligned at their ends: of n queries and m keys query i stands at
         key i + m - n, which is negative for the first queries where n > m. It sees all keys of the segment;
         with `causal` none after the key where it stands, with `left` none more than `left` keys before
         that. Each query sees at least one key.
 
-        Returns the output [n, q_heads, D] and the natural log-sum-exp of the scores, float32 [q_heads, n].
+        Returns the output [n, q_heads, D], in `out` where it is given, and the natural log-sum-exp of the
+        scores, float32 [q_heads, n].
         """
 
 
@@ -63,13 +81,16 @@ def flash_attend(varlen: Callable[..., Any], version: int | None) -> Attend:
         value: torch.Tensor,
         *,
         query_starts: torch.Tensor,
-        key_starts: torch.Tensor,
+        key_starts: torch.Tensor | None = None,
+        key_lens: torch.Tensor | None = None,
+        block_table: torch.Tensor | None = None,
         max_queries: int,
         max_keys: int,
         scale: float,
         causal: bool,
         left: int | None,
         soft_cap: float | None,
+        out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         window_size = [-1, -1]
         if left is not None:
@@ -77,6 +98,7 @@ def flash_attend(varlen: Callable[..., Any], version: int | None) -> Attend:
             # bound on the right, and sets an open one, to max_seqlen_k (csrc/flash_attn/flash_api.cpp).
             window_size = [left, 0 if causal else max_queries]
             max_keys = max(max_keys, max_queries)
+        is_busy = query.shape[:2].numel() >= _BUSY_VECTORS
         return varlen(
             q=query,
             k=key,
@@ -84,16 +106,31 @@ def flash_attend(varlen: Callable[..., Any], version: int | None) -> Attend:
             cu_seqlens_q=query_starts,
             max_seqlen_q=max_queries,
             cu_seqlens_k=key_starts,
+            seqused_k=key_lens,
+            block_table=block_table,
             max_seqlen_k=max_keys,
             softmax_scale=scale,
             causal=causal,
             window_size=window_size,
             softcap=soft_cap or 0.0,
             return_softmax_lse=True,
+            out=out,
+            num_splits=1 if version == 3 and block_table is not None and is_busy else 0,
             fa_version=version,
         )
 
     return attend
+
+
+def flash_page_tokens(head_dim: int, version: int | None) -> int:
+    """Tokens of a page for `pieces.plan_pieces` that suits a FlashAttention.
+
+    FlashAttention-3 copies pages by TMA, as it does keys without pages, where their size is a multiple of
+    its tile of keys (hopper/flash_api.cpp, `get_pagedkv_tma`, and hopper/tile_size.h); elsewhere thread by
+    thread, mostly through smaller tiles.
+    """
+    tile = {64: 192, 80: 144, 96: 144, 128: 160, 192: 96, 256: 80}.get(head_dim)
+    return math.lcm(BLOCK_TOKENS, tile) if version == 3 and tile else BLOCK_TOKENS
 
 
 def scratch_tokens(kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import torch
 import triton
 
 from turboquant_kernels.aot import AotVariant
@@ -14,13 +15,21 @@ from turboquant_kernels.formats import (
     KVFormat,
 )
 from turboquant_kernels.prefill.attention import merge_kernel
+from turboquant_kernels.prefill.begun import NUM_WARPS as BEGUN_WARPS
+from turboquant_kernels.prefill.begun import begun_constexprs, begun_kernel
 from turboquant_kernels.prefill.expand import expand_constexprs, expand_kernel, num_warps
+from turboquant_kernels.prefill.merge import merge_kernel as unrotate_merge_kernel
+from turboquant_kernels.queries.kernel import NUM_WARPS as UNROTATE_WARPS
+from turboquant_kernels.queries.kernel import constants_of
+from turboquant_kernels.raw_block import RawBlocks
 
 
 def variants() -> Iterator[AotVariant]:
     """Every format and head dimension to bf16."""
     yield from expand_variants()
     yield from merge_variants()
+    yield from unrotate_merge_variants()
+    yield from begun_variants()
 
 
 def expand_variants() -> Iterator[AotVariant]:
@@ -83,3 +92,47 @@ def merge_variants() -> Iterator[AotVariant]:
                 },
                 num_warps=1,
             )
+
+
+def unrotate_merge_variants() -> Iterator[AotVariant]:
+    """bf16: rows that are neighbours or not, and results of several tiles, which are added up in float32."""
+    strides = ["partial_stride", "output_stride"]
+    for head_dim in HEAD_DIMS:
+        for name, rows, output in (("", None, "*bf16"), ("-rows", "*i32", "*bf16"), ("-cut", None, "*fp32")):
+            yield AotVariant(
+                name=f"prefill-unrotate-merge-d{head_dim}{name}",
+                kernel=unrotate_merge_kernel,
+                signature={
+                    "partial": "*bf16",
+                    "lse": "*fp32",
+                    **({"rows": rows} if rows else {}),
+                    "signs": "*fp32",
+                    "output": output,
+                    "output_lse": "*fp32",
+                    **dict.fromkeys(
+                        ["first_row", "tokens", "lse_stride", "output_lse_stride", *strides], "i32"
+                    ),
+                },
+                constexprs=constants_of(head_dim, inverse=True) | ({} if rows else {"rows": None}),
+                num_warps=UNROTATE_WARPS,
+                divisible=tuple(strides),
+            )
+
+
+def begun_variants() -> Iterator[AotVariant]:
+    """bf16 of 8 heads beside a cache of 3 bits."""
+    strides = [f"{what}_{of}_stride" for what in ("key", "value") for of in ("token", "head")]
+    for head_dim in HEAD_DIMS:
+        raw = RawBlocks(KVFormat(3, 3).raw_blocks(head_dim, torch.bfloat16.itemsize), torch.bfloat16)
+        yield AotVariant(
+            name=f"prefill-begun-d{head_dim}",
+            kernel=begun_kernel,
+            signature={
+                **dict.fromkeys(["pieces", "query_starts", "key_starts", "block_table"], "*i32"),
+                **dict.fromkeys(["before", "key", "value", "own_key", "own_value"], "*bf16"),
+                **dict.fromkeys(["block_stride", "table_stride", *strides], "i32"),
+            },
+            constexprs=begun_constexprs(raw, 8, head_dim),
+            num_warps=BEGUN_WARPS,
+            divisible=("block_stride", *strides),
+        )
