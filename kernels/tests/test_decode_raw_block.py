@@ -17,14 +17,15 @@ from test_raw_block import Engine, relative_error
 from turboquant_kernels.decode import finish
 from turboquant_kernels.decode import plan as decode_plan
 from turboquant_kernels.decode.plan import DecodePlan, DecodeShape, paged_decode
-from turboquant_kernels.formats import BLOCK_TOKENS, Encoding, KVFormat
+from turboquant_kernels.formats import BLOCK_TOKENS, KVFormat
 from turboquant_kernels.raw_block import RawBlocks
 
 TOLERANCE = 5e-4
 SINKS = torch.tensor([0.5, -2.0, 3.0, 8.0])
 
 needs_machine = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="schedule and finish run in Triton's interpreter, of which a GPU takes the place"
+    torch.cuda.is_available(),
+    reason="schedule and finish run in Triton's interpreter, of which a GPU takes the place",
 )
 
 
@@ -75,7 +76,7 @@ CASES = {
     "empty sequences": Case((0, 130, 0, 20)),
     "only empty and short ones": Case((0, 3, 128)),
     "splits": Case((700, 300), kv_heads=2, multiprocessors=4),
-    "many splits of a row": Case((1100,), group=1, multiprocessors=8),
+    "more splits than are merged at once": Case((1100,), group=4),
     "key anchors": Case((300, 129), anchor=True, query_len=2, multiprocessors=2),
     "window within a block": Case((150, 130, 257), query_len=2, options={"window": 20}),
     "window of a block": Case((128, 256, 300), options={"window": BLOCK_TOKENS}),
@@ -101,6 +102,25 @@ CASES = {
     "D 128": Case((200,), head_dim=128, group=4),
     "D 192": Case((200,), head_dim=192),
     "D 256": Case((258,), head_dim=256, query_len=2),
+}
+HOPPER = {
+    "around the ends of blocks": Case((128, 129, 257)),
+    **{
+        name: CASES[name]
+        for name in (
+            "four query tokens",
+            "empty sequences",
+            "splits",
+            "key anchors",
+            "window within a block",
+            "window of several blocks",
+            "sinks, window, soft cap, query tokens",
+            "rows of several programs",
+            "k8v8, large blocks",
+            "D 80",
+            "D 256",
+        )
+    },
 }
 PROD = {
     "k3v4": Case((300,), "tq-k3v4-prod", query_len=2, options={"window": 250}),
@@ -148,21 +168,21 @@ def check(case: Case, path: str, device: str, monkeypatch: Any) -> DecodePlan:
     cache = on(device, engine.cache)
     monkeypatch.setattr(decode_plan, "_multiprocessors", lambda _: case.multiprocessors)
     plan = DecodePlan(case.shape(engine, cache), cache.device, path=path)
-    lengths = lengths.to(device)
-    plan.schedule(lengths)
+    plan.schedule(lengths.to(device))
     for memory in (plan.partial, plan.stats):
         memory.fill_(torch.nan)
     options = {name: x.to(device) if name == "sinks" else x for name, x in case.options.items()}
+    options.pop("window", None)  # of the shape
     out = plan.run(
         query.to(device),
         cache,
         engine.table.to(device),
-        lengths,
+        lengths.to(device),
         scale=case.head_dim**-0.5,
         out=torch.full(query.shape, torch.nan, device=device),
-        **{name: x for name, x in options.items() if name != "window"},
+        **options,
     ).cpu()
-    empty = (lengths == 0).repeat_interleave(case.query_len).cpu()
+    empty = (lengths == 0).repeat_interleave(case.query_len)
     assert (out[empty] == 0).all()
     error = (out - expected)[~empty].norm(dim=-1) / expected[~empty].norm(dim=-1)
     assert float(error.max()) <= TOLERANCE
@@ -181,7 +201,90 @@ def test_portable_with_prod_formats(name, device, monkeypatch):
 
 @needs_machine
 @pytest.mark.usefixtures("machine")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", HOPPER)
 def test_hopper(name, monkeypatch):
-    plan = check(CASES[name], "hopper", "cpu", monkeypatch)
+    plan = check(HOPPER[name], "hopper", "cpu", monkeypatch)
     assert plan.counters is None
+
+
+def decoded(case: Case, engine: Engine, query: torch.Tensor, device: str) -> torch.Tensor:
+    return paged_decode(
+        engine.codec,
+        query.to(device),
+        on(device, engine.cache),
+        engine.table.to(device),
+        torch.tensor(case.lengths, dtype=torch.int32, device=device),
+        query_len=case.query_len,
+        scale=case.head_dim**-0.5,
+        raw=engine.raw,
+        path="portable",
+    ).cpu()
+
+
+def test_the_output_has_the_dtype_of_queries(device):
+    case = Case((130,))
+    engine, _, query, expected = feed(case)
+    out = decoded(case, engine, query, device)
+    assert out.dtype == torch.bfloat16
+    assert relative_error(out, expected.double()) < 2**-8
+
+
+def test_queries_of_another_dtype_than_raw_tokens_are_refused(device):
+    case = Case((130,))
+    engine, _, query, _ = feed(case)
+    with pytest.raises(ValueError, match=r"queries are .*float16"):
+        decoded(case, engine, query.half(), device)
+
+
+def test_a_query_that_is_not_finite_has_no_sound_output(device):
+    """Of its own rows; those of other query tokens and sequences stay as they are."""
+    case = Case((130, 20), query_len=2)
+    engine, _, query, _ = feed(case)
+    sound = decoded(case, engine, query, device)
+    query[1, 0, 3] = torch.inf
+    out = decoded(case, engine, query, device)
+    assert out[1, 0].isnan().all()
+    out[1, 0] = sound[1, 0]
+    assert torch.equal(out, sound)
+
+
+def test_rejected_drafts_leave_no_trace(device):
+    """The block that they completed is encoded again, with the tokens that took their places."""
+    case = Case((130,), query_len=2)
+    engine = case.engine()
+    engine.step({0: (0, 126)})
+    engine.step({0: (126, 128)}, poison=[0])
+    engine.step({0: (127, 129)}, poison=[0])
+    expected = engine.step({0: (128, 130)})[0]
+    out = decoded(case, engine, engine.queries[0][-2:], device)
+    assert relative_error(out, expected.double()) < 2**-8
+
+
+@pytest.mark.parametrize(
+    ("rows", "heads", "multiprocessors", "taken"),
+    [
+        (4, 512, 132, 4),
+        (4, 8, 132, 1),
+        (4, 72, 132, 2),
+        (12, 512, 132, 16),
+        (64, 512, 132, 16),
+        (1, 8, 132, 1),
+    ],
+)
+def test_a_program_takes_all_rows_where_there_are_programs_enough(rows, heads, multiprocessors, taken):
+    assert finish.rows_of(rows, heads, multiprocessors) == taken
+
+
+def test_shapes_that_have_no_raw_block_are_refused():
+    engine = Case((130,)).engine()
+
+    def shape(raw, cache=engine.cache, query_len=1):
+        return DecodeShape.of(engine.codec, cache, engine.table, q_heads=2, query_len=query_len, raw=raw)
+
+    assert shape(engine.raw) != shape(None)
+    with pytest.raises(ValueError, match="blocks of 64 tokens"):
+        shape(engine.raw, engine.cache.view(-1, 64, *engine.cache.shape[2:]))
+    with pytest.raises(ValueError, match="bf16 or fp16"):
+        shape(RawBlocks(4, torch.float32))
+    with pytest.raises(ValueError, match="33 query tokens a sequence, more than the 32"):
+        shape(RawBlocks(4, torch.bfloat16), query_len=33)

@@ -47,8 +47,9 @@ STRIDE_BYTES = 16
 
 _TILE_ELEMENTS = 32 * 128
 """Coordinates of raw keys at a time. Tokens of a tile divide a block, so that it is of one."""
-_ELEMENTS = 4096
-"""Partial results at a time, 32 registers of a thread."""
+_MERGED_ELEMENTS = 4096, 2048
+"""Partial results at a time where a program has one or two rows, whose splits are many, and where it has
+more: four programs fit a multiprocessor's registers then (D = 128, as compiled)."""
 
 
 def rows_of(rows: int, heads: int, multiprocessors: int) -> int:
@@ -145,7 +146,7 @@ def constants_of(
         "STRIDE": STRIDE_BYTES // raw.dtype.itemsize,
         "ROWS": rows,
         "TILE": min(32, _TILE_ELEMENTS // width),
-        "SPLITS": max(1, _ELEMENTS // (rows * width)),
+        "SPLITS": max(1, _MERGED_ELEMENTS[rows > 2] // (rows * width)),
         # The interpreter's matrix product of bf16 is wrong.
         "OPERAND": tl.float32 if triton.knobs.runtime.interpret else operand,
     }

@@ -92,7 +92,7 @@ def merge_kernel(
         KV_HEADS * ROW_GROUPS * ROWS, D, WIDTH, SPLITS,
     )  # fmt: skip
     d = tl.arange(0, WIDTH)
-    result = tl.where((total == 0)[:, None], 0.0, result * (unit / total)[:, None])
+    result = result * (unit / tl.where(total == 0, 1.0, total))[:, None]  # of nothing seen it is zero
     at = output + (token * (KV_HEADS * GROUP) + q_head) * D
     tl.store(at + d[None, :], result, mask=(d < D)[None, :])
 
