@@ -10,8 +10,10 @@ from turboquant_kernels.codec import Codec
 from turboquant_kernels.decode import plan as decode_plan
 from turboquant_kernels.decode.plan import DecodePlan, DecodeShape, PartialResults
 from turboquant_kernels.formats import KVFormat
+from turboquant_kernels.raw_block import RawBlocks
 
 CPU = torch.device("cpu")
+RAW = RawBlocks(3, torch.bfloat16)
 SHAPE = DecodeShape(Codec(KVFormat(4, 4), 128), 32, 8, 16, 20480, 8, 1, 2048)
 
 
@@ -63,6 +65,7 @@ def test_kernels_differ_where_something_new_is_compiled():
     hash(kernels())
     assert kernels() == kernels(num_seqs=7) == kernels(max_blocks=4096)
     assert kernels(window=4096) == kernels(window=8192)
+    assert kernels(block_size=128, raw=RAW) == kernels(block_size=128, raw=RAW, num_seqs=7)
     others = [
         kernels(),
         kernels("portable"),
@@ -74,6 +77,10 @@ def test_kernels_differ_where_something_new_is_compiled():
         kernels(q_heads=64),
         kernels(window=4096),
         kernels(window=4095),
+        kernels(block_size=128),
+        kernels(block_size=128, raw=RAW),
+        kernels(block_size=128, raw=replace(RAW, blocks=4)),
+        kernels(block_size=128, raw=RAW, num_seqs=12),  # two rows of four a program of `finish`
         kernels(codec=Codec(KVFormat(3, 3), 128)),
         kernels(codec=Codec(KVFormat(3, 3), 128), max_blocks=16),  # few tokens: other tiles
     ]

@@ -68,3 +68,18 @@ def test_splits_begin_where_the_tokens_of_a_key_anchor_do(device, tile_pages):
 
 def test_a_sequence_without_tokens_has_no_item(device):
     assert spans([0, 40, 0], 4, device) == [[], [(0, 3)], []]
+
+
+@pytest.mark.parametrize("query_len", [1, 2])
+def test_with_a_raw_block_sequences_end_where_the_last_query_token_finds_its_block(query_len, device):
+    lens = [0, 1, 128, 129, 256, 257, 300]
+    parts = spans(lens, 16, device, query_len=query_len, raw_block=True)
+    assert [split[-1][1] if split else 0 for split in parts] == [0, 0, 0, 8, 8, 16, 16]
+
+
+@pytest.mark.parametrize(("window", "first"), [(20, None), (45, None), (46, 15), (200, 6)])
+def test_a_window_that_begins_in_the_raw_block_leaves_no_item(window, first, device):
+    """The query stands at 300, its block begins at 256: page 16."""
+    (parts,) = spans([301], 4, device, window=window, raw_block=True)
+    assert (parts[0][0] if parts else None) == first
+    assert (parts[-1][1] if parts else 16) == 16

@@ -2,6 +2,7 @@
 layer.
 
     query -> queries.rotate_queries -> [schedule -> hopper or portable -> merge] -> queries.unrotate -> output
+    with a raw block:                  [schedule -> hopper or portable] -> finish -> output
 
     plan = DecodePlan(DecodeShape.of(codec, kv_cache, block_table, q_heads=32, query_len=1), device)
     plan.schedule(seq_lens)                                               once a step
@@ -21,13 +22,14 @@ import torch
 import triton
 
 from turboquant_kernels.codec import Codec
-from turboquant_kernels.decode import hopper, portable
+from turboquant_kernels.decode import finish, hopper, portable
 from turboquant_kernels.decode.merge import merge
 from turboquant_kernels.decode.schedule import Schedule, fill
 from turboquant_kernels.formats import BLOCK_TOKENS, PAGE_TOKENS
 from turboquant_kernels.packing import anchors_of, pages_of
 from turboquant_kernels.queries.kernel import rotate_queries, unrotate
 from turboquant_kernels.queries.reference import QuantizedQueries
+from turboquant_kernels.raw_block import RawBlocks
 
 Path = Literal["hopper", "portable"]
 
@@ -59,11 +61,30 @@ class DecodeShape:
     """Entries of a row of the block table."""
     window: int | None = None
     """Tokens that a query sees, its own included; None: all up to its own."""
+    raw: RawBlocks | None = None
+    """Where the tokens of each query's own block lie, which it reads in place of what is stored of that
+    block; None: every token is read as stored."""
     _codec: tuple[object, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         codec = self.codec
         object.__setattr__(self, "_codec", (codec.fmt, codec.head_dim, codec.seed))
+        if self.raw is not None:
+            self._check(self.raw)
+
+    def _check(self, raw: RawBlocks) -> None:
+        if self.block_size != BLOCK_TOKENS or self.block_stride % finish.STRIDE_BYTES:
+            raise ValueError(
+                f"blocks of {self.block_size} tokens, {self.block_stride} bytes apart; with a raw block they "
+                f"are {BLOCK_TOKENS} and a multiple of {finish.STRIDE_BYTES}"
+            )
+        if raw.dtype not in (torch.bfloat16, torch.float16):
+            raise ValueError(f"raw tokens are bf16 or fp16, not {raw.dtype}")
+        if self.query_len > raw.tokens_per_block:
+            raise ValueError(
+                f"{self.query_len} query tokens a sequence, more than the {raw.tokens_per_block} that can be "
+                "stored before the block ahead of them is lost"
+            )
 
     @classmethod
     def of(
@@ -75,21 +96,23 @@ class DecodeShape:
         q_heads: int,
         query_len: int,
         window: int | None = None,
+        raw: RawBlocks | None = None,
     ) -> "DecodeShape":
         """The shape of a decode over these tensors, which `paged_decode` describes; their contents do not
         count.
 
         Raises ValueError where the cache's shape is not that of the codec's format, or its blocks have no
-        room for key anchors.
+        room for key anchors. With `raw` also where blocks have not `BLOCK_TOKENS` tokens or lie no multiple
+        of 16 bytes apart, raw tokens are neither bf16 nor fp16, or a sequence has more query tokens than
+        `RawBlocks.tokens_per_block`.
         """
         pages_of(kv_cache, codec.layout)
         if codec.fmt.anchor:
             anchors_of(kv_cache, codec.fmt, codec.head_dim)
         _, block_size, kv_heads, _ = kv_cache.shape
         num_seqs, max_blocks = block_table.shape
-        return cls(
-            codec, q_heads, kv_heads, block_size, kv_cache.stride(0), num_seqs, query_len, max_blocks, window
-        )
+        stride = kv_cache.stride(0)
+        return cls(codec, q_heads, kv_heads, block_size, stride, num_seqs, query_len, max_blocks, window, raw)
 
     @property
     def rows(self) -> int:
@@ -142,7 +165,9 @@ class DecodePlan:
     relative to, and the sum of weights."""
     counters: torch.Tensor | None
     """int32 [num_seqs, kv_heads, row_groups], zero between launches: splits that are done, where the kernel
-    merges them itself. None where `merge` does."""
+    merges them itself. None where `merge` or `finish` does."""
+    finish_rows: int | None
+    """Rows of a program of `finish`; None without a raw block."""
 
     def __init__(
         self,
@@ -165,8 +190,12 @@ class DecodePlan:
         self.partial = memory.view(torch.float32, "partial", (*size, shape.codec.head_dim))
         self.stats = memory.view(torch.float32, "stats", (*size, 2))
         self.counters = None
-        if self.path == "hopper" and items <= _FUSED_SPLITS * shape.num_seqs:
+        if self.path == "hopper" and shape.raw is None and items <= _FUSED_SPLITS * shape.num_seqs:
             self.counters = memory.view(torch.int32, "counters", (shape.num_seqs, shape.kv_heads, groups))
+        self.finish_rows = None
+        if shape.raw is not None:
+            heads = shape.num_seqs * shape.kv_heads
+            self.finish_rows = finish.rows_of(shape.rows, heads, _multiprocessors(device))
 
     @property
     def kernels(self) -> Hashable:
@@ -184,9 +213,10 @@ class DecodePlan:
             self.path,
             self.launch,
             self.counters is None,
+            shape.raw,
             # The schedule's kernel has a size for the number of sequences, the merge's for their splits.
             triton.next_power_of_2(shape.num_seqs),
-            triton.next_power_of_2(splits),
+            self.finish_rows or triton.next_power_of_2(splits),
         )
 
     def schedule(self, seq_lens: torch.Tensor) -> None:
@@ -195,10 +225,19 @@ class DecodePlan:
 
         For all layers that run this plan until lengths change.
         """
+        shape = self.shape
         tile_pages = self.launch.tile_tokens // PAGE_TOKENS
         # Pages that share a key anchor go to one program.
-        together = BLOCK_TOKENS // PAGE_TOKENS if self.shape.codec.fmt.anchor else 1
-        fill(self.splits, seq_lens, self.shape.query_len, self.shape.window, tile_pages, together)
+        together = BLOCK_TOKENS // PAGE_TOKENS if shape.codec.fmt.anchor else 1
+        fill(
+            self.splits,
+            seq_lens,
+            shape.query_len,
+            shape.window,
+            tile_pages,
+            together,
+            raw_block=shape.raw is not None,
+        )
 
     def run(
         self,
@@ -219,17 +258,37 @@ class DecodePlan:
         addressed with 64-bit offsets, which one of more than 8 GiB needs; by default its size decides.
         Results are equal: the option is for compiling both kernels on a small cache.
         """
-        codec = self.shape.codec
-        rotated = self.attend(
-            rotate_queries(codec, query, scale),
+        shape, codec = self.shape, self.shape.codec
+        queries = rotate_queries(codec, query, scale)
+        if out is None:
+            out = torch.empty_like(query)
+        tensors = (kv_cache, block_table, seq_lens)
+        if shape.raw is None:
+            rotated = self.attend(
+                queries, *tensors, soft_cap=soft_cap, sinks=sinks, wide_offsets=wide_offsets
+            )
+            return unrotate(codec, rotated, out)
+        if query.dtype != shape.raw.dtype:
+            raise ValueError(f"queries are {query.dtype}, raw tokens {shape.raw.dtype}")
+        self._attend_items(queries, *tensors, soft_cap=soft_cap, wide_offsets=wide_offsets)
+        finish.finish(
+            codec,
+            queries,
             kv_cache,
+            shape.raw,
             block_table,
             seq_lens,
+            self.partial,
+            self.stats,
+            self.splits.splits,
+            out,
+            unit=self._value_unit,
+            rows=self.finish_rows,
+            window=shape.window,
             soft_cap=soft_cap,
             sinks=sinks,
-            wide_offsets=wide_offsets,
         )
-        return unrotate(codec, rotated, torch.empty_like(query) if out is None else out)
+        return out
 
     def attend(
         self,
@@ -243,10 +302,44 @@ class DecodePlan:
         out: torch.Tensor | None = None,
         wide_offsets: bool | None = None,
     ) -> torch.Tensor:
-        """Attention of rotated queries, still rotated: float32 [num_seqs * query_len, q_heads, D], or `out`.
+        """Attention of rotated queries to stored tokens, still rotated: float32 [num_seqs * query_len,
+        q_heads, D], or `out`. For plans without a raw block.
 
         Raises ValueError where the tensors have not the plan's shape.
         """
+        if out is None:
+            out = queries.scale.new_empty(*queries.scale.shape, self.shape.codec.head_dim)
+        self._attend_items(
+            queries,
+            kv_cache,
+            block_table,
+            seq_lens,
+            soft_cap=soft_cap,
+            wide_offsets=wide_offsets,
+            merged_into=out,
+            sinks=sinks,
+        )
+        if self.counters is None:
+            merge(out, self.partial, self.stats, self.splits.splits, sinks, self._value_unit)
+        return out
+
+    @property
+    def _value_unit(self) -> float:
+        return (hopper if self.path == "hopper" else portable).value_unit(self.shape.codec)
+
+    def _attend_items(
+        self,
+        queries: QuantizedQueries,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        *,
+        soft_cap: float | None,
+        wide_offsets: bool | None,
+        merged_into: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> None:
+        """Fills the splits' partial results or, where there are counters, merges them into `merged_into`."""
         shape, codec = self.shape, self.shape.codec
         if (
             block_table.shape != (shape.num_seqs, shape.max_blocks)
@@ -256,8 +349,6 @@ class DecodePlan:
                 f"not of the plan's shape, {shape}: a block table of {list(block_table.shape)}, blocks "
                 f"{kv_cache.stride(0)} bytes apart"
             )
-        if out is None:
-            out = queries.scale.new_empty(*queries.scale.shape, codec.head_dim)
         arguments = (
             codec,
             self.launch,
@@ -273,6 +364,7 @@ class DecodePlan:
             "query_len": shape.query_len,
             "window": shape.window,
             "soft_cap": soft_cap,
+            "raw_block": shape.raw is not None,
         }
         if self.path == "portable":  # its offsets are 64-bit ones always
             portable.attend_items(*arguments, **options)
@@ -282,12 +374,8 @@ class DecodePlan:
 
             merged = None
             if self.counters is not None:
-                merged = Merged(out, self.splits.splits, self.counters, sinks)
+                merged = Merged(merged_into, self.splits.splits, self.counters, sinks)
             attend_items(*arguments, **options, merged=merged, wide_offsets=wide_offsets)
-        if self.counters is None:
-            unit = (hopper if self.path == "hopper" else portable).value_unit(codec)
-            merge(out, self.partial, self.stats, self.splits.splits, sinks, unit)
-        return out
 
 
 def paged_decode(
@@ -302,6 +390,7 @@ def paged_decode(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: torch.Tensor | None = None,
+    raw: RawBlocks | None = None,
     path: Path | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -311,14 +400,16 @@ def paged_decode(
     query: bf16, fp16 or fp32 [num_seqs * query_len, q_heads, D], those of a sequence one after the other.
     kv_cache: uint8 [num_blocks, block_size, kv_heads, slot_bytes]. block_table: int32 [num_seqs,
     max_blocks]. seq_lens: int32 [num_seqs], query tokens included; 0 for a padded row, whose output is
-    zero. sinks: float [q_heads].
+    zero. sinks: float [q_heads]. raw: each query reads its own block raw, as `decode.reference.
+    paged_attention` does with `own`: the step's tokens are stored already, completed blocks as well as raw
+    tokens, and `query` has the dtype of these.
 
     Returns [num_seqs * query_len, q_heads, D] in the query's dtype, or fills and returns `out`. Raises
     ValueError where the cache's shape is not that of the codec's format, or the coordinates of a query or an
-    output are not adjacent in memory.
+    output are not adjacent in memory; with `raw` also as `DecodeShape.of` does.
     """
     shape = DecodeShape.of(
-        codec, kv_cache, block_table, q_heads=query.shape[1], query_len=query_len, window=window
+        codec, kv_cache, block_table, q_heads=query.shape[1], query_len=query_len, window=window, raw=raw
     )
     plan = DecodePlan(shape, kv_cache.device, path=path)
     plan.schedule(seq_lens)

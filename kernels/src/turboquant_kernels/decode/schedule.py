@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from turboquant_kernels.formats import PAGE_TOKENS
+from turboquant_kernels.formats import BLOCK_TOKENS, PAGE_TOKENS
 
 SEARCH_STEPS = 21
 """Halvings of the length of a split: from a million tokens to one page."""
@@ -46,12 +46,15 @@ def fill(
     window: int | None,
     tile_pages: int,
     first_multiple: int = 1,
+    *,
+    raw_block: bool = False,
 ) -> None:
     """Deals the sequences out, in place, without a host synchronisation.
 
     seq_lens: int32 [num_seqs], query tokens included. A split is a multiple of `tile_pages` pages, what a
     program reads at a time, and begins at a multiple of `first_multiple`: the first page of a sequence, which
-    a window may put anywhere, is rounded down to one.
+    a window may put anywhere, is rounded down to one. raw_block: a sequence ends where the block of its last
+    query token begins (`turboquant_kernels.raw_block`); if nothing is before that, it has no items.
     """
     num_seqs = len(seq_lens)
     fill_kernel[(num_seqs,)](
@@ -65,6 +68,7 @@ def fill(
         PAGE=PAGE_TOKENS,
         TILE=math.lcm(tile_pages, first_multiple),
         FIRST_MULTIPLE=first_multiple,
+        RAW_BLOCK=BLOCK_TOKENS if raw_block else 0,
         STEPS=SEARCH_STEPS,
         BLOCK=triton.next_power_of_2(num_seqs),
         num_warps=4,
@@ -72,22 +76,30 @@ def fill(
 
 
 @triton.jit
-def _pages(seq_len, query_len, window, PAGE: tl.constexpr, FIRST_MULTIPLE: tl.constexpr):
+def _pages(
+    seq_len, query_len, window, PAGE: tl.constexpr, FIRST_MULTIPLE: tl.constexpr, RAW_BLOCK: tl.constexpr
+):  # fmt: skip
     """First and end page that a sequence's queries read."""
     first = tl.where(window > 0, tl.maximum(seq_len - query_len - window + 1, 0) // PAGE, 0)
-    return first // FIRST_MULTIPLE * FIRST_MULTIPLE, tl.cdiv(seq_len, PAGE)
+    first = first // FIRST_MULTIPLE * FIRST_MULTIPLE
+    if RAW_BLOCK > 0:
+        end = tl.maximum(seq_len - 1, 0) // RAW_BLOCK * (RAW_BLOCK // PAGE)
+        end = tl.maximum(end, first)  # which a window may put into the raw block
+    else:
+        end = tl.cdiv(seq_len, PAGE)
+    return first, end
 
 
 @triton.jit(do_not_specialize=["num_seqs", "num_items", "query_len", "window"])
 def fill_kernel(
     items, splits, seq_lens, num_seqs, num_items, query_len, window,
-    PAGE: tl.constexpr, TILE: tl.constexpr, FIRST_MULTIPLE: tl.constexpr, STEPS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    PAGE: tl.constexpr, TILE: tl.constexpr, FIRST_MULTIPLE: tl.constexpr, RAW_BLOCK: tl.constexpr,
+    STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     mine = tl.program_id(0)
     index = tl.arange(0, BLOCK)
     lens = tl.load(seq_lens + index, mask=index < num_seqs, other=0)
-    first, end = _pages(lens, query_len, window, PAGE, FIRST_MULTIPLE)
+    first, end = _pages(lens, query_len, window, PAGE, FIRST_MULTIPLE, RAW_BLOCK)
     tiles = tl.cdiv(end - first, TILE)
 
     # The least number of tiles a split may have such that all splits find an item.

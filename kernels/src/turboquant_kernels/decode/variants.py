@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
 import triton
 
 from turboquant_kernels.aot import AotVariant
-from turboquant_kernels.decode import hopper, portable
+from turboquant_kernels.decode import finish, hopper, portable
 from turboquant_kernels.decode.hopper.kernel import decode_kernel
 from turboquant_kernels.decode.hopper.specialization import specialization_of
 from turboquant_kernels.decode.merge import merge_kernel, num_warps
@@ -23,14 +24,16 @@ from turboquant_kernels.formats import (
     Encoding,
     KVFormat,
 )
+from turboquant_kernels.raw_block import RawBlocks
 
 
 def variants() -> Iterator[AotVariant]:
-    """The two attention kernels, the schedule and the merge."""
+    """The two attention kernels, the schedule, the merge and, with a raw block, what takes its place."""
     yield from _portable_variants()
     yield from _hopper_variants()
     yield from _schedule_variants()
     yield from _merge_variants()
+    yield from _finish_variants()
 
 
 def _portable_variants() -> Iterator[AotVariant]:
@@ -46,6 +49,7 @@ def _portable_variants() -> Iterator[AotVariant]:
         yield _portable_variant(fmt, 128, group=4, query_len=4)
         yield _portable_variant(fmt, 128, group=4, soft_cap=True)
         yield _portable_variant(replace(fmt, anchor=True), 128, group=4, block_size=BLOCK_TOKENS)
+        yield _portable_variant(tier.format, 128, group=4, block_size=BLOCK_TOKENS, raw_block=True)
 
 
 def _portable_variant(
@@ -56,6 +60,7 @@ def _portable_variant(
     query_len: int = 1,
     soft_cap: bool = False,
     block_size: int = PAGE_TOKENS,
+    raw_block: bool = False,
 ) -> AotVariant:
     launch = portable.launch_of(fmt, head_dim, group * query_len)
     signature = {
@@ -86,11 +91,11 @@ def _portable_variant(
         "query_len": "i32" if query_len > 1 else None,
         "soft_cap": "fp32" if soft_cap else None,
     }
-    constexprs = constants_of(fmt, head_dim, launch, 8, group, block_size)
+    constexprs = constants_of(fmt, head_dim, launch, 8, group, block_size, raw_block)
     absent: dict[str, Any] = {name: None for name, kind in optional.items() if kind is None}
     if query_len == 1:
         absent["query_len"] = 1
-    options = "-anchor" * fmt.anchor + "-cap" * soft_cap
+    options = "-anchor" * fmt.anchor + "-cap" * soft_cap + "-raw" * raw_block
     return AotVariant(
         name=f"decode-portable-{fmt.name.removeprefix('tq-')}-d{head_dim}-g{group}-q{query_len}{options}",
         kernel=attend_items_kernel,
@@ -125,10 +130,16 @@ def _hopper_variants() -> Iterator[AotVariant]:
                 yield _hopper_variant(replace(KVFormat.parse(name), anchor=True), head_dim, rows)
     for option in ("split", "window", "cap", "sinks"):
         yield _hopper_variant(KVFormat.parse(names[0]), 128, 4, option)
+    for tier in TIERS.values():
+        for rows in (4, 8):
+            yield _hopper_variant(tier.format, 128, rows, "raw")
+        yield _hopper_variant(tier.format, 128, 4, "raw-window")
 
 
 def _hopper_variant(fmt: KVFormat, head_dim: int, rows: int, option: str = "") -> AotVariant:
-    """`option`: "split" for results that another kernel merges, "short", "window", "cap" or "sinks"."""
+    """`option`: "split" for results that another kernel merges, "raw" for such where queries read their own
+    block raw, "short", "window", "cap", "sinks" or "raw-window"."""
+    split = option in ("split", "raw", "raw-window")
     launch = hopper.launch_of(fmt, head_dim, rows, short=option == "short")
     signature = {
         "partial": "*fp32",
@@ -164,12 +175,13 @@ def _hopper_variant(fmt: KVFormat, head_dim: int, rows: int, option: str = "") -
         query_len=1,
         block_size=block_size,
         offset_bits=32,
-        window=option == "window",
+        window=option in ("window", "raw-window"),
         soft_cap=option == "cap",
-        fused=option != "split",
+        fused=not split,
+        raw_block=option.startswith("raw"),
     )
     absent = [] if fmt.anchor else [*anchored]
-    if option == "split":
+    if split:
         absent += ["output", "splits", "counters"]
     if option != "sinks":
         absent.append("sinks")
@@ -206,6 +218,7 @@ def _schedule_variants() -> Iterator[AotVariant]:
                 "PAGE": PAGE_TOKENS,
                 "TILE": 8,
                 "FIRST_MULTIPLE": 1,
+                "RAW_BLOCK": 0,
                 "STEPS": SEARCH_STEPS,
                 "BLOCK": num_seqs,
             },
@@ -234,3 +247,51 @@ def _merge_variants() -> Iterator[AotVariant]:
                 },
                 num_warps=num_warps(splits),
             )
+
+
+def _finish_variants() -> Iterator[AotVariant]:
+    """Every head dimension, for few sequences and many, of which a program has 1 and 4 rows; more rows and
+    what calls may ask for at 128."""
+    for head_dim in HEAD_DIMS:
+        for rows in (1, 4):
+            yield _finish_variant(head_dim, rows)
+    for rows in (2, 8, 16):
+        yield _finish_variant(128, rows)
+    yield _finish_variant(128, 4, "cap")
+    yield _finish_variant(128, 4, "sinks")
+    yield _finish_variant(128, 4, "fp16")
+
+
+def _finish_variant(head_dim: int, rows: int, option: str = "") -> AotVariant:
+    """`option`: "cap", "sinks" or "fp16", else bf16."""
+    kind = "*fp16" if option == "fp16" else "*bf16"
+    raw = RawBlocks(3, torch.float16 if option == "fp16" else torch.bfloat16)
+    strides = [f"{what}_{of}_stride" for what in ("query", "out") for of in ("token", "head")]
+    signature = {
+        "out": kind,
+        "partial": "*fp32",
+        "stats": "*fp32",
+        "splits": "*i32",
+        "query": kind,
+        "raw": kind,
+        "block_table": "*i32",
+        "seq_lens": "*i32",
+        "signs": "*fp32",
+        "unit": "fp32",
+        "scale": "fp32",
+        "window": "i32",
+        **dict.fromkeys([*strides, "block_stride", "table_stride"], "i32"),
+    }
+    optional = {"sinks": "*bf16", "soft_cap": "fp32"}
+    asked = {"sinks": "sinks", "cap": "soft_cap"}.get(option)
+    group = max(rows, 4)
+    return AotVariant(
+        name=f"decode-finish-d{head_dim}-r{rows}{option and '-'}{option}",
+        kernel=finish.finish_kernel,
+        signature=signature | {name: kind for name, kind in optional.items() if name == asked},
+        constexprs=finish.constants_of(raw, head_dim, 8, group, 1, rows, group)
+        | {name: None for name in optional if name != asked},
+        num_warps=finish.NUM_WARPS,
+        num_stages=finish.NUM_STAGES,
+        divisible=tuple(strides),
+    )

@@ -35,7 +35,7 @@ class QuantizedQueries:
     """float32 [tokens, q_heads]: sum_i q_i / 2, the part of the levels' halves."""
     unrotated: torch.Tensor
     """Any float [tokens, q_heads, D], any strides of tokens and heads: the queries as they came, for key
-    anchors, which are stored as they are."""
+    anchors and raw keys, which are not rotated."""
     unrotated_scale: float
     """The softmax scale times log2(e)."""
 

@@ -41,6 +41,7 @@ def attend_items(
     query_len: int,
     window: int | None = None,
     soft_cap: float | None = None,
+    raw_block: bool = False,
     merged: Merged | None = None,
     wide_offsets: bool | None = None,
 ) -> None:
@@ -64,6 +65,7 @@ def attend_items(
         window is not None,
         bool(soft_cap),
         merged is not None,
+        raw_block,
     )
     anchored: tuple[Any, ...] = (None,) * 4
     if codec.fmt.anchor:

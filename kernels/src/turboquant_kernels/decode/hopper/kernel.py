@@ -27,7 +27,14 @@ from turboquant_kernels.decode.hopper.operands import load_table
 from turboquant_kernels.decode.hopper.pages import Pages, find_tile, pointers_of
 from turboquant_kernels.decode.hopper.queries import Rows, load_queries
 from turboquant_kernels.decode.hopper.ring import STAGES, fill, make_ring, tile_at, wait
-from turboquant_kernels.decode.hopper.tile import Limits, Tables, attend_tile, empty_state, no_logits
+from turboquant_kernels.decode.hopper.tile import (
+    Limits,
+    Tables,
+    attend_tile,
+    block_start,
+    empty_state,
+    no_logits,
+)
 from turboquant_kernels.decode.hopper.values import WEIGHT_ONE
 
 
@@ -114,7 +121,10 @@ def decode_kernel(
     own = load_queries(queries, query_scale, query_half_sum, rows, before, memory, ROW, SPEC)
     key_table = load_table(tables, SPEC.KEY_REGISTERS, SPEC)
     levels = Tables(key_table, load_table(tables + 32 * SPEC.KEY_REGISTERS, SPEC.VALUE_REGISTERS, SPEC))
-    limits = Limits(before + 1, window, soft_cap)
+    if SPEC.RAW_BLOCK:
+        limits = Limits(block_start(before), window, soft_cap)
+    else:
+        limits = Limits(before + 1, window, soft_cap)
     state = empty_state(SPEC)
     if SPEC.ANCHOR:
         # A loop within a loop: a branch in the loop over tiles costs it registers.

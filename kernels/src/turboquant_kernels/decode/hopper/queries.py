@@ -37,8 +37,8 @@ class Queries(NamedTuple):
     """float32 [W, R]: what their integer products count."""
     half_sum: Any
     """float32 [W, R]: half the sum of a row's coordinates, in what these count."""
-    last: Any
-    """int32 [W, R]: the last position that a row sees."""
+    position: Any
+    """int32 [W, R]: the position of a row's query."""
 
 
 @gluon.jit
@@ -52,7 +52,7 @@ def query_index(rows, row, SPEC: gl.constexpr):
 @gluon.jit
 def load_queries(codes, scale, half_sum, rows, before, memory, L: gl.constexpr, SPEC: gl.constexpr):
     """`Queries` of a program's rows, in a slice of layout L: int8 `codes` [tokens, q_heads, 2, D], float32
-    `scale` and `half_sum` [tokens, q_heads]. Query token i sees up to position `before` + i.
+    `scale` and `half_sum` [tokens, q_heads]. Query token i stands at position `before` + i.
 
     With SHARED_QUERIES operands go to the rows of shared memory behind the ring.
     """
@@ -64,8 +64,8 @@ def load_queries(codes, scale, half_sum, rows, before, memory, L: gl.constexpr, 
     at = query_index(rows, row, SPEC)[None, :] + no_warp
     row_scale = gl.load(scale + at, mask=there, other=0.0)
     row_half_sum = gl.load(half_sum + at, mask=there, other=0.0) * row_scale
-    last = (before + row // SPEC.GROUP)[None, :] + no_warp
-    return Queries(operands, row_scale, row_half_sum, last)
+    position = (before + row // SPEC.GROUP)[None, :] + no_warp
+    return Queries(operands, row_scale, row_half_sum, position)
 
 
 @gluon.jit

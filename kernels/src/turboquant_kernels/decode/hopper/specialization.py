@@ -35,6 +35,8 @@ class Specialization(NamedTuple):
     """Programs that share the rows of a KV head."""
     WINDOW: bool
     SOFT_CAP: bool
+    RAW_BLOCK: bool
+    """Whether queries see the stored tokens before their own block alone."""
     FUSED: bool
     """Whether the last program of a sequence merges its splits."""
 
@@ -104,11 +106,13 @@ def specialization_of(
     window: bool,
     soft_cap: bool,
     fused: bool,
+    raw_block: bool = False,
 ) -> Specialization:
     """What a launch of the kernel is specialized to.
 
     query_len, kv_heads, group (query heads of a KV head), block_size (tokens): of the batch and its cache.
     offset_bits: 32 or 64. window, soft_cap: whether there is one. fused: whether the kernel merges splits.
+    raw_block: as `portable.attend_items` takes it.
     """
 
     def text(bits: int, words: int) -> tuple[str, str]:
@@ -131,6 +135,7 @@ def specialization_of(
         ROW_GROUPS=launch.row_groups(group * query_len),
         WINDOW=window,
         SOFT_CAP=soft_cap,
+        RAW_BLOCK=raw_block,
         FUSED=fused,
         R=launch.rows,
         W=launch.num_warps,

@@ -22,6 +22,7 @@ from turboquant_kernels.decode.hopper.queries import query_operand
 from turboquant_kernels.decode.hopper.ring import load_keys, load_scales, load_values
 from turboquant_kernels.decode.hopper.values import add_sums, no_sums, sum_values, value_operand, weights_of
 from turboquant_kernels.decode.logits import LOG2_E, NOTHING
+from turboquant_kernels.formats import BLOCK_TOKENS
 
 _REACH = gl.constexpr(40.0)
 """Powers of two that a reference may lie below the largest logit. What a tile that far below adds is less
@@ -29,6 +30,8 @@ than 2**-40 of the largest token's part for each token: a million of them are 2*
 float32. A token adds at most 2**40 to `scaled` and 2**40 * 32512 * 128 < 2**62 to `sums`. To `total`, from
 which its value's scale is left out, it adds at most 2**40 / 2**-40, the least scale being 2**-40. All splits
 of a sequence of 2**24 tokens add up to less than 2**104."""
+
+_BLOCK_MASK = gl.constexpr(-BLOCK_TOKENS)
 
 _LOG2 = gl.constexpr("lg2.approx.ftz.f32 $0, $1;")
 
@@ -65,6 +68,12 @@ class Limits(NamedTuple):
     """Positions that a row sees, with WINDOW."""
     soft_cap: Any
     """In base 2, with SOFT_CAP."""
+
+
+@gluon.jit
+def block_start(position):
+    """The first position of a position's block, which its query sees raw."""
+    return position & _BLOCK_MASK
 
 
 @gluon.jit
@@ -105,9 +114,12 @@ def attend_tile(state, tile, position, anchor_logits, index, queries, tables, li
     if WINDOW or position + SPEC.W * SPEC.P * 16 > limits.seen_by_all:
         token = gl.arange(0, SPEC.P * 16, gl.SliceLayout(0, gl.SliceLayout(2, S)))[None, :, None]
         token += gl.arange(0, SPEC.W, gl.SliceLayout(1, gl.SliceLayout(2, S)))[:, None, None] * (SPEC.P * 16)
-        seen = position + token <= queries.last[:, None, :]
+        if SPEC.RAW_BLOCK:
+            seen = position + token < block_start(queries.position)[:, None, :]
+        else:
+            seen = position + token <= queries.position[:, None, :]
         if WINDOW:
-            seen = seen & (position + token > queries.last[:, None, :] - limits.window)
+            seen = seen & (position + token > queries.position[:, None, :] - limits.window)
         s = gl.where(seen, s, NOTHING)
         weighted = gl.where(seen, weighted, NOTHING)
     # A tile of which a row sees nothing: before others all is `NOTHING`, and what weights of 1 sum up here is

@@ -20,15 +20,8 @@ repeat bit by bit and the launch can be captured in a CUDA graph.
 import triton
 import triton.language as tl
 
-from turboquant_kernels.decode.logits import LOG2_E, NOTHING
+from turboquant_kernels.decode.logits import NOTHING, soft_capped
 from turboquant_kernels.unpack import coordinate, load_bits, load_keys, load_values, token_of
-
-
-@triton.jit
-def _soft_cap(logit, cap):
-    """cap * tanh(logit / cap), all in base 2."""
-    # exp2 overflows to infinity, where the fraction is 0 and tanh 1.
-    return cap * (1 - 2 / (tl.exp2(logit * (2 * LOG2_E / cap)) + 1))
 
 
 @triton.jit
@@ -79,6 +72,7 @@ def attend_items_kernel(
     BLOCK_PAGES: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
+    RAW_BLOCK: tl.constexpr,  # whether queries see the stored tokens before their own block alone
     PAGE_BYTES: tl.constexpr,
     KEY_BITS: tl.constexpr,
     VALUE_BITS: tl.constexpr,
@@ -107,6 +101,12 @@ def attend_items_kernel(
     used = row < query_len * GROUP
     query_row = (seq * query_len + row // GROUP) * (KV_HEADS * GROUP) + kv_head * GROUP + row % GROUP
     position = seq_len - query_len + row // GROUP
+    if RAW_BLOCK:
+        last_seen = position // BLOCK_TOKENS * BLOCK_TOKENS - 1
+        num_stored = (seq_len - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+    else:
+        last_seen = position
+        num_stored = seq_len
 
     column = tl.arange(0, WIDTH)
     column_row = row_group * ROWS + tl.arange(0, 2 * ROWS) // 2
@@ -133,7 +133,7 @@ def attend_items_kernel(
     maximum = tl.full([ROWS], NOTHING, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     result = tl.zeros([WIDTH, ROWS], tl.float32)
-    last_page = (seq_len - 1) // PAGE_TOKENS
+    last_page = (num_stored - 1) // PAGE_TOKENS
     table = block_table + seq.to(tl.int64) * table_stride
     head_pages = cache + kv_head * PAGE_BYTES
     # Tokens of a page stand in the order of their values' bytes.
@@ -154,7 +154,7 @@ def attend_items_kernel(
             quad_index, table, block_stride, BLOCK_PAGES, KV_HEADS * PAGE_BYTES
         )
         key_position = start + slot // PAGE_TOKENS * PAGE_TOKENS + token
-        stored = key_position < seq_len
+        stored = key_position < num_stored
         scales = (page + SCALES_OFFSET).to(tl.pointer_type(tl.float16), bitcast=True) + token * SCALES
         key_scale = tl.load(scales, mask=stored, other=0.0).to(tl.float32)
         value_scale = tl.load(scales + 1, mask=stored, other=0.0).to(tl.float32)
@@ -202,8 +202,8 @@ def attend_items_kernel(
                 anchor_logit *= anchor_scale
             logit += anchor_logit[None, :]
         if soft_cap is not None:
-            logit = _soft_cap(logit, soft_cap)
-        seen = key_position[:, None] <= position[None, :]
+            logit = soft_capped(logit, soft_cap)
+        seen = key_position[:, None] <= last_seen[None, :]
         if window > 0:
             seen &= key_position[:, None] > position[None, :] - window
         logit = tl.where(seen, logit, float("-inf"))

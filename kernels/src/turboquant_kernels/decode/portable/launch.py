@@ -82,6 +82,7 @@ def attend_items(
     query_len: int,
     window: int | None = None,
     soft_cap: float | None = None,
+    raw_block: bool = False,
 ) -> None:
     """Fills the partial results of the items of a schedule.
 
@@ -90,7 +91,8 @@ def attend_items(
     whole tiles of `launch`; with key anchors the first page of a sequence is one where an anchor begins.
     partial: float32 [items, kv_heads, row_groups, rows, D], sums of values in `value_unit` relative to
     2**maximum; stats: float32 [items, kv_heads, row_groups, rows, 2], the largest logit (base 2) and the sum
-    of weights. Entries of items without work stay as they are.
+    of weights. Entries of items without work stay as they are. raw_block: a query sees the stored tokens
+    before its own block, in place of all up to its own (`turboquant_kernels.raw_block`).
 
     Raises ValueError where the cache's shape is not that of the codec's format.
     """
@@ -124,7 +126,7 @@ def attend_items(
         query_len,
         window or 0,
         soft_cap * math.log2(math.e) if soft_cap else None,
-        **constants_of(fmt, head_dim, launch, kv_heads, group, block_size),
+        **constants_of(fmt, head_dim, launch, kv_heads, group, block_size, raw_block),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
         maxnreg=launch.max_registers,
@@ -138,13 +140,20 @@ def value_unit(codec: Codec) -> float:
 
 @cache
 def constants_of(
-    fmt: KVFormat, head_dim: int, launch: Launch, kv_heads: int, group: int, block_size: int
+    fmt: KVFormat,
+    head_dim: int,
+    launch: Launch,
+    kv_heads: int,
+    group: int,
+    block_size: int,
+    raw_block: bool = False,
 ) -> dict[str, Any]:
     """What the kernel is specialized to."""
     return page_constants(fmt, head_dim, kv_heads, block_size) | {
         "GROUP": group,
         "ROWS": launch.rows,
         "TILE": launch.tile_tokens,
+        "RAW_BLOCK": raw_block,
         # The interpreter's matrix product of bf16 is wrong.
         "WEIGHT": tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16,
     }
