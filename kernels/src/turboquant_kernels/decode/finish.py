@@ -26,7 +26,6 @@ from triton.language.extra.cuda import gdc_wait
 
 from turboquant_kernels.codec import Codec
 from turboquant_kernels.decode.logits import LOG2_E, NOTHING, SOMETHING, soft_capped
-from turboquant_kernels.decode.merge import merge_splits
 from turboquant_kernels.formats import BLOCK_TOKENS
 from turboquant_kernels.programmatic_launch import uses_pdl
 from turboquant_kernels.queries.reference import QuantizedQueries
@@ -261,7 +260,7 @@ def finish_kernel(
         total = tl.full([ROWS], 1.0, tl.float32)
     if PDL:
         gdc_wait()
-    maximum, total, result = merge_splits(
+    maximum, total, result = _merge_splits(
         partial, stats, first, count, kv_head * PARTIAL_ROWS + row, used, maximum, total,
         KV_HEADS * PARTIAL_ROWS, HEAD_DIM, WIDTH, SPLITS,
     )  # fmt: skip
@@ -276,3 +275,32 @@ def finish_kernel(
     result = sums / tl.where(total == 0, 1.0, total)[:, None]  # of nothing seen the sums are zero
     out_at = out + token * out_token_stride + head * out_head_stride
     tl.store(out_at[:, None] + d[None, :], result.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _merge_splits(
+    partial, stats, first, count, row, used, maximum, total,
+    ITEM_ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Adds the `count` splits of some rows, items `first` and up, to a largest logit and a sum of weights.
+
+    row: int [R] among the ITEM_ROWS of an item; used: bool [R]; maximum, total: float32 [R]. Returns the
+    latter with the splits added, and the sum of values, float32 [R, WIDTH], still rotated. SPLITS at a time.
+    """
+    d = tl.arange(0, WIDTH)
+    s = tl.arange(0, SPLITS)
+    result = tl.zeros([row.shape[0], WIDTH], tl.float32)
+    for start in range(0, count, SPLITS):
+        mask = used[:, None] & (start + s < count)[None, :]
+        at = row[:, None] + (first + start + s).to(tl.int64)[None, :] * ITEM_ROWS
+        m = tl.load(stats + 2 * at, mask=mask, other=NOTHING)
+        part = tl.load(stats + 2 * at + 1, mask=mask, other=0.0)
+        a_at = partial + at[:, :, None] * D + d[None, None, :]
+        a = tl.load(a_at, mask=mask[:, :, None] & (d < D)[None, None, :], other=0.0)
+        new_maximum = tl.maximum(maximum, tl.max(m, axis=1))
+        decay = tl.exp2(maximum - new_maximum)
+        share = tl.where(m > SOMETHING, tl.exp2(m - new_maximum[:, None]), 0.0)
+        total = total * decay + tl.sum(share * part, axis=1)
+        result = result * decay[:, None] + tl.sum(share[:, :, None] * a, axis=1)
+        maximum = new_maximum
+    return maximum, total, result

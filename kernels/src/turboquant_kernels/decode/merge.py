@@ -78,49 +78,29 @@ def merge_kernel(
     first = tl.load(splits + 2 * sequence)
     count = tl.load(splits + 2 * sequence + 1)
     if sinks is None:
-        maximum = tl.full([1], NOTHING, tl.float32)
-        total = tl.zeros([1], tl.float32)
+        maximum = NOTHING
+        total = 0.0
     else:
-        maximum = tl.full([1], tl.load(sinks + q_head).to(tl.float32) * LOG2_E, tl.float32)
-        total = tl.full([1], 1.0, tl.float32)
+        maximum = tl.load(sinks + q_head).to(tl.float32) * LOG2_E
+        total = 1.0
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    at = head * (ROW_GROUPS * ROWS) + row + tl.arange(0, 1)
-    maximum, total, result = merge_splits(
-        partial, stats, first, count, at, at >= 0, maximum, total,
-        KV_HEADS * ROW_GROUPS * ROWS, D, WIDTH, SPLITS,
-    )  # fmt: skip
-    d = tl.arange(0, WIDTH)
-    result = result * (unit / tl.where(total == 0, 1.0, total))[:, None]  # of nothing seen it is zero
-    at = output + (token * (KV_HEADS * GROUP) + q_head) * D
-    tl.store(at + d[None, :], result, mask=(d < D)[None, :])
-
-
-@triton.jit
-def merge_splits(
-    partial, stats, first, count, row, used, maximum, total,
-    ITEM_ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr,
-):  # fmt: skip
-    """Adds the `count` splits of some rows, items `first` and up, to a largest logit and a sum of weights.
-
-    row: int [R] among the ITEM_ROWS of an item; used: bool [R]; maximum, total: float32 [R]. Returns the
-    latter with the splits added, and the sum of values, float32 [R, WIDTH], still rotated. SPLITS at a time.
-    """
     d = tl.arange(0, WIDTH)
     s = tl.arange(0, SPLITS)
-    result = tl.zeros([row.shape[0], WIDTH], tl.float32)
+    result = tl.zeros([WIDTH], tl.float32)
     for start in range(0, count, SPLITS):
-        mask = used[:, None] & (start + s < count)[None, :]
-        at = row[:, None] + (first + start + s).to(tl.int64)[None, :] * ITEM_ROWS
-        m = tl.load(stats + 2 * at, mask=mask, other=NOTHING)
-        part = tl.load(stats + 2 * at + 1, mask=mask, other=0.0)
-        a_at = partial + at[:, :, None] * D + d[None, None, :]
-        a = tl.load(a_at, mask=mask[:, :, None] & (d < D)[None, None, :], other=0.0)
-        new_maximum = tl.maximum(maximum, tl.max(m, axis=1))
+        used = start + s < count
+        item = (first + start + s).to(tl.int64)
+        at = ((item * KV_HEADS + head) * ROW_GROUPS + row // ROWS) * ROWS + row % ROWS
+        m = tl.load(stats + 2 * at, mask=used, other=NOTHING)
+        part = tl.load(stats + 2 * at + 1, mask=used, other=0.0)
+        a = tl.load(partial + at[:, None] * D + d[None, :], mask=used[:, None] & (d < D)[None, :], other=0.0)
+        new_maximum = tl.maximum(maximum, tl.max(m, axis=0))
         decay = tl.exp2(maximum - new_maximum)
-        share = tl.where(m > SOMETHING, tl.exp2(m - new_maximum[:, None]), 0.0)
-        total = total * decay + tl.sum(share * part, axis=1)
-        result = result * decay[:, None] + tl.sum(share[:, :, None] * a, axis=1)
+        share = tl.where(m > SOMETHING, tl.exp2(m - new_maximum), 0.0)
+        total = total * decay + tl.sum(share * part, axis=0)
+        result = result * decay + tl.sum(share[:, None] * a, axis=0)
         maximum = new_maximum
-    return maximum, total, result
+    result = tl.where(total == 0, 0.0, result * unit / total)
+    tl.store(output + (token * (KV_HEADS * GROUP) + q_head) * D + d, result, mask=d < D)
