@@ -112,7 +112,7 @@ def test_the_plan_of_a_hubs_model_is_that_of_its_folder(hub, tmp_path) -> None:
     run = tq_allocate(f"http://127.0.0.1:{hub.server_port}", "org/model", "--tier", "max-capacity", "--json")
     assert run.returncode == 0, run.stderr
     save_file(weights(), tmp_path / "model.safetensors")
-    expected = allocate(TIERS["max-capacity"], Tensors.of_folder(tmp_path), CONFIG)
+    expected = allocate(TIERS["max-capacity"].on("cuda"), Tensors.of_folder(tmp_path), CONFIG)
     assert KVPlan.from_dict(json.loads(run.stdout)) == expected
     sent, whole = hub.RequestHandlerClass.sent["model.safetensors"], len(save(weights()))
     assert sent < whole / 50

@@ -36,7 +36,7 @@ def test_the_table_shows_alternatives_and_reasons():
         LLAMA, "--accelerator", "cpu", "--memory", "4Gi", "--context", "8192", "--format", "tq-k4v4"
     )
     assert result.exit_code == 0
-    assert "126,976" in result.stdout
+    assert "119,506" in result.stdout
     assert "32,768" in result.stdout
     assert "kvCache.format asks for tq-k4v4." in result.stdout
 
