@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 from turboquant_kernels.aot import AotVariant
 from turboquant_kernels.formats import COMPRESSED_FORMATS, HEAD_DIMS, Encoding
-from turboquant_kernels.store.kernel import NUM_WARPS, store_constexprs, store_kernel
+from turboquant_kernels.store.encode_kernel import NUM_WARPS, specialization
+from turboquant_kernels.store.kernel import store_kernel
 
 
 def variants() -> Iterator[AotVariant]:
@@ -24,7 +25,7 @@ def variants() -> Iterator[AotVariant]:
                 name=f"store-{fmt.name.removeprefix('tq-')}{'-anchor' if fmt.anchor else ''}-d{head_dim}",
                 kernel=store_kernel,
                 signature={**pointers, **({"projection": "*fp32"} if prod else {}), **integers},
-                constexprs=store_constexprs(fmt, head_dim) | ({} if prod else {"projection": None}),
+                constexprs={"SPEC": specialization(fmt, head_dim)} | ({} if prod else {"projection": None}),
                 num_warps=NUM_WARPS,
                 divisible=("block_size", *strides),
             )
