@@ -428,6 +428,41 @@ MUTATIONS = [
         "anchors[block, offset * 0]",
         "test_store.py::test_with_anchors_the_differences_to_them_are_stored",
     ),
+    Mutation(
+        "a block is encoded whose last token is not stored",
+        "store/block_kernel.py",
+        "mask=complete, other=-1) >= 0",
+        "mask=complete, other=-1) >= -1",
+        "test_store_blocks.py::test_rows_without_a_slot_are_not_stored",
+    ),
+    Mutation(
+        "drafts are not kept where they complete a block",
+        "store/block_kernel.py",
+        "if (items is None) | (complete == 0):",
+        "if complete == 0:",
+        "test_store_blocks.py::test_blocks_that_rejected_drafts_completed_are_encoded_again",
+    ),
+    Mutation(
+        "raw tokens begin in the first block behind their own",
+        "store/block_kernel.py",
+        "tl.where(part > 0, part, RAW.BLOCKS)",
+        "1 + part",
+        "test_store_blocks.py::test_decodes_around_the_end_of_a_block",
+    ),
+    Mutation(
+        "the mean of keys adds rows of a tile first",
+        "store/block_kernel.py",
+        "FIRST + TILES * tl.arange(0, SPEC.ROWS)",
+        "FIRST * SPEC.ROWS + tl.arange(0, SPEC.ROWS)",
+        "test_store_blocks.py::test_the_mean_of_keys_adds_neighbours_first",
+    ),
+    Mutation(
+        "whole blocks are encoded before the begun ones",
+        "store/block_kernel.py",
+        "(items.indices[: items.begun], items.indices[items.begun :])",
+        "(items.indices[items.begun :], items.indices[: items.begun])",
+        "test_store_blocks.py::test_chunks_of_several_sequences",
+    ),
     # Attention
     Mutation(
         "a query does not see itself",

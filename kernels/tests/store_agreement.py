@@ -15,11 +15,44 @@ from turboquant_kernels.packing import (
     pages_of,
     row_of,
 )
+from turboquant_kernels.raw_block import OwnTokens
 from turboquant_kernels.rotation import projection_matrix, rotation_matrix
-from turboquant_kernels.store.reference import store
+from turboquant_kernels.store.reference import store, store_step
 
 BOUNDARY = 1e-5
 """Standard deviations from a boundary between two levels, zero among them, within which rounding decides."""
+
+
+def assert_same_as_step(codec, step, key, value, raw, before, after):
+    """Asserts that `after` is what `store_step` makes of the cache `before`, up to rounding; all on the CPU.
+
+    The pages of blocks that the step completes are the same as `assert_same_as_reference` says. Their
+    anchors, raw tokens and every other byte, between blocks too, are the reference's.
+    """
+    own = OwnTokens.of(step, raw, before, key, value)
+    expected = copy_of(before)
+    store_step(codec, own, expected, raw)
+    sequence, block = step.completed
+    number = step.block_table[sequence, block].long()
+    others = copy_of(after)
+    others[number] = expected[number]
+    assert torch.equal(memory_of(others), memory_of(expected)), "anchors, raw tokens or other bytes differ"
+    if not len(number):
+        return
+    key, value = (vectors.flatten(0, 1) for vectors in own.block(sequence, block))
+    slots = (number[:, None] * BLOCK_TOKENS + torch.arange(BLOCK_TOKENS)).flatten()
+    assert_same_as_reference(codec, key, value, slots, expected, after)
+
+
+def memory_of(kv_cache):
+    """The blocks of a cache with what follows their pages: uint8 [num_blocks, bytes from block to block]."""
+    stride = kv_cache.stride(0)
+    return kv_cache.as_strided((len(kv_cache), stride), (stride, 1))
+
+
+def copy_of(kv_cache):
+    """A copy of a cache with what follows the pages of its blocks."""
+    return memory_of(kv_cache).clone().as_strided(kv_cache.shape, kv_cache.stride())
 
 
 def assert_same_as_reference(codec, key, value, slot_mapping, before, after):

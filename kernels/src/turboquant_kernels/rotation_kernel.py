@@ -2,7 +2,7 @@
 
     y = H diag(s) x / sqrt(D),   H = Paley (order 1, 12 or 20) x Sylvester (order D / Paley's)
 
-`store.kernel` rotates keys and values before it quantizes them, `queries.kernel` rotates queries and
+`store.encode_kernel` rotates keys and values before it quantizes them, `queries.kernel` rotates queries and
 the attention output back. Vectors lie in tiles [ROWS, ORDER_PADDED, INNER]: coordinate outer * INNER + inner
 of ROWS vectors, the outer index padded to a power of two with zeros. A thread has 8 neighbouring coordinates
 of a vector or, where a Paley matrix mixes the outer index, all coordinates of one inner index; what

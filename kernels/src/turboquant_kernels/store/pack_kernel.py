@@ -1,4 +1,4 @@
-"""The end of `store.kernel`: codes in registers become bytes of pages, in the order of `packing`.
+"""The end of `store.encode_kernel`: codes in registers become bytes of pages, in the order of `packing`.
 
 Functions of a tile take `page`, pointers [ROWS] to the pages of its tokens, `row`, int32 [ROWS], the tokens'
 index in them (0..15), and `used`, bool [ROWS], false for padding, which is not written.
@@ -14,7 +14,7 @@ _MAX_BITS = tl.constexpr(MAX_BITS)
 
 @triton.jit
 def store_codes(page, row, used, t, magnitude, HEAD_DIM: tl.constexpr, CODES: tl.constexpr):
-    """Packs codes into their planes and writes the tokens' rows. CODES: `store.kernel.Codes`."""
+    """Packs codes into their planes and writes the tokens' rows. CODES: `encode_kernel.Codes`."""
     if CODES.bits == _MAX_BITS:
         code = tl.where(t < 0, ~magnitude, magnitude) & 0xFF
     else:
