@@ -253,8 +253,8 @@ def test_rejected_drafts_leave_no_trace(device):
     case = Case((130,), query_len=2)
     engine = case.engine()
     engine.step({0: (0, 126)})
-    engine.step({0: (126, 128)}, poison=[0])
-    engine.step({0: (127, 129)}, poison=[0])
+    engine.step({0: (126, 128)}, poison={0: 1})
+    engine.step({0: (127, 129)}, poison={0: 1})
     expected = engine.step({0: (128, 130)})[0]
     out = decoded(case, engine, engine.queries[0][-2:], device)
     assert relative_error(out, expected.double()) < 2**-8
