@@ -321,3 +321,10 @@ def test_a_block_is_one_piece_of_bytes_in_either_layout(layout: str) -> None:
     assert blocks.shape == (5, 32, 3, 68)
     for index in range(5):
         assert (blocks[index].flatten() == raw[7000 * index :][: 32 * 3 * 68].view(torch.uint8)).all()
+
+
+@pytest.mark.parametrize("window", [None, 512])
+def test_a_layer_without_a_format_yet_has_a_spec(specs, window) -> None:
+    """vLLM asks for it while it loads a draft model."""
+    one = layer("tq-k4v4", compressed_backend(), window=window)
+    assert one.get_kv_cache_spec(engine_config("tq-k4v4", named(one))).block_size == 128

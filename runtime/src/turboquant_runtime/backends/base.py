@@ -61,8 +61,13 @@ class CompressedBackend(AttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """The spec of a layer with this class's format: the bytes of a token and KV head."""
-        assert cls.fmt is not None, "specs are asked for once layers have their formats"
+        """The spec of a layer with this class's format: the bytes of a token and KV head.
+
+        While a draft model is loaded vLLM asks its layers with windows whether they have a spec at all,
+        before layers have their formats.
+        """
+        if cls.fmt is None:
+            return spec
         return replace(spec, state_content_bytes=cls.fmt.token_bytes(spec.head_size))
 
     @classmethod
