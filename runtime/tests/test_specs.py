@@ -79,7 +79,11 @@ def engine_config(
         ),
         scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
         model_config=SimpleNamespace(
-            get_total_num_hidden_layers=lambda: len(layers), is_hybrid=hybrid, hf_text_config=None
+            get_total_num_hidden_layers=lambda: len(layers),
+            get_head_size=lambda: 128,
+            dtype=torch.bfloat16,
+            is_hybrid=hybrid,
+            hf_text_config=None,
         ),
         compilation_config=SimpleNamespace(static_forward_context=layers),
     )
@@ -328,3 +332,31 @@ def test_a_layer_without_a_format_yet_has_a_spec(specs, window) -> None:
     """vLLM asks for it while it loads a draft model."""
     one = layer("tq-k4v4", compressed_backend(), window=window)
     assert one.get_kv_cache_spec(engine_config("tq-k4v4", named(one))).block_size == 128
+
+
+def test_sequences_have_blocks_for_the_smallest_pages(specs) -> None:
+    plan = KVPlan((KVFormat(8, 4), KVFormat(3, 3), KVFormat.parse("bf16")))
+    plain = plain_layer_backend()
+    layers = named(
+        layer("tq-k8v4", compressed_backend()), layer("tq-k8v4", compressed_backend()), layer("auto", plain)
+    )
+    config = engine_config("tq-k8v4", layers, plan=plan)
+    specs.put_formats_on_layers(config)
+    specs.give_sequences_raw_blocks(config)
+    found = dict(specs._specs(config, layers)).values()
+    assert {spec.raw_tokens for spec in found} == {6 * 128}  # of k3v3, also where a layer has none of its own
+
+
+def test_heads_larger_than_the_configurations_are_refused(specs) -> None:
+    layers = named(layer("tq-k3v3", compressed_backend(), head_dim=256))
+    config = engine_config("tq-k3v3", layers)
+    config.model_config.get_head_size = lambda: 64
+    specs.put_formats_on_layers(config)
+    with pytest.raises(RefusedConfiguration, match=r"layers\.0.* heads of 256 elements are not those"):
+        specs.give_sequences_raw_blocks(config)
+
+
+def plain_layer_backend():
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    return CPUAttentionBackend

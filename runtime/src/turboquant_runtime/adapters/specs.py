@@ -61,7 +61,15 @@ def give_sequences_raw_blocks(vllm_config: VllmConfig) -> None:
     layers = _layers(vllm_config)
     if not any(getattr(layer.get_attn_backend(), "keeps_raw_block", False) for layer in layers.values()):
         return
-    raw_tokens = raw_blocks(vllm_config) * BLOCK_TOKENS
+    blocks, element_bytes = raw_blocks(vllm_config), vllm_config.model_config.dtype.itemsize
+    for name, layer in layers.items():
+        fmt = _format(layer.get_attn_backend())
+        if fmt is not None and fmt.raw_blocks(layer.head_size, element_bytes) > blocks:
+            raise RefusedConfiguration(
+                f"{name}: heads of {layer.head_size} elements are not those of the model's configuration: "
+                "start with --kv-cache-dtype auto"
+            )
+    raw_tokens = blocks * BLOCK_TOKENS
     specs = dict(_specs(vllm_config, layers))
     kinds = {type(spec) for spec in specs.values()}
     one_kind = vllm_config.scheduler_config.disable_hybrid_kv_cache_manager and len(kinds) > 1
